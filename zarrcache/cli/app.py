@@ -56,13 +56,8 @@ _VERBOSE = Annotated[
 def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., None]]:
     """Turn a function that returns an exit code into a command.
 
-    Errors become a message on stderr and an exit code.
-
-    Parameters
-    ----------
-    resumable : bool
-        After an interruption, finished work is kept and the next run continues, which the message
-        says.
+    Errors become a message on stderr and an exit code. That of an interruption says whether the
+    command is ``resumable``: finished work is kept, and the next run continues.
     """
 
     def decorate(function: Callable[..., int]) -> Callable[..., None]:

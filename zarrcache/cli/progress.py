@@ -45,17 +45,9 @@ class StderrHandler(logging.Handler):
 class Meter:
     """Progress on stderr: a bar on a terminal, otherwise a line every 10 seconds.
 
-    With ``--quiet`` there is neither.
-
-    Parameters
-    ----------
-    verb : str
-        For example ``Warming``.
-    noun : str
-        Plural of the things counted, for example ``densities``. Empty: the count is in bytes.
-    total : int
-    fetched : callable, optional
-        Returns the bytes fetched from the origin so far; shown with their rate.
+    With ``--quiet`` there is neither. ``Meter("Warming", "densities", 9)`` counts nine of them;
+    without a noun the count is in bytes. ``fetched`` returns the bytes fetched from the origin so
+    far; they are shown with their rate.
     """
 
     def __init__(

@@ -439,10 +439,6 @@ def _check_unknown(keys: Set[str], absent: Set[str]) -> None:
 
     A key that is merely similar to a setting may be the training's own, so it is only named in a
     warning. A setting that is given is not misspelt elsewhere: only ``absent`` ones are compared.
-
-    Raises
-    ------
-    ConfigError
     """
     wrong = []
     for key in sorted(keys - absent):
@@ -648,12 +644,8 @@ def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
 
 
 def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
-    """The cache block of a config.
-
-    Raises
-    ------
-    ConfigError
-        There is no cache block, or the config reads files that are not cached.
+    """The cache block of a config. One without, or that reads files which are not cached, is an
+    error.
     """
     if isinstance(config, CacheConfig):
         return config

@@ -61,11 +61,6 @@ def expand(value: object, variable: re.Pattern[str] = VARIABLE) -> object:
 
     ``${NAME:-default}`` as in the shell, so empty counts as unset; ``${oc.env:NAME,default}`` as in
     Hydra, where it does not. ``$$`` is a dollar sign.
-
-    Raises
-    ------
-    ConfigError
-        A variable is not set and has no default, or a ``${`` is something else.
     """
     if isinstance(value, str):
         return _expand_text(value, variable)
@@ -141,11 +136,6 @@ def read_datasets(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """The keys of each dataset of a training config, by its name.
 
     ``config.yaml#NAME`` selects one of several. A config with one dataset names it ``"0"``.
-
-    Raises
-    ------
-    ConfigError
-        The file cannot be read, or is none of the forms above.
     """
     text = os.fspath(path)
     file, _, name = text.rpartition("#")
@@ -160,13 +150,7 @@ def read_datasets(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
 
 
 def datasets_of(document: Mapping[str, Any], where: str = "config") -> dict[str, dict[str, Any]]:
-    """As `read_datasets`, of a document that is read already.
-
-    Raises
-    ------
-    ConfigError
-        It is none of the forms above.
-    """
+    """As `read_datasets`, of a document that is read already."""
     document = as_dict(document, where)
     block = _block(document, where)
     if _has_lists(block):
@@ -223,11 +207,6 @@ def datasets_of_configs(configs: Any, where: str = "config") -> dict[str, dict[s
     """The keys of each dataset of one config, or of a list or mapping of them, by name.
 
     A config is a path or a mapping of keys. In a list the names are the positions.
-
-    Raises
-    ------
-    ConfigError
-        There is none, or one of several has several datasets itself.
     """
     if isinstance(configs, (str, os.PathLike)):
         return read_datasets(Path(str(expand(os.fspath(configs)))).expanduser())
@@ -369,13 +348,7 @@ def _referenced(keys: dict[str, Any], document: Mapping[str, Any]) -> dict[str, 
 
 
 def as_dict(value: object, name: str) -> dict[str, Any]:
-    """A mapping or namespace as a dict, with the containers of OmegaConf as dicts and lists.
-
-    Raises
-    ------
-    ConfigError
-        It is something else.
-    """
+    """A mapping or namespace as a dict, with the containers of OmegaConf as dicts and lists."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in _items(value)}
     if hasattr(value, "__dict__") and not isinstance(value, type):

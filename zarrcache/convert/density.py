@@ -30,41 +30,25 @@ _POTENTIAL = re.compile("LOCPOT", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class ChargeDensity:
-    """One density as read from its file, in the units and the precision given.
-
-    Attributes
-    ----------
-    task_id : str
-    source : Path
-    total : ndarray, shape (nx, ny, nz), float32 or float64, C order
-        Per cell (CHGCAR convention): electrons per volume times the volume of the cell, so
-        ``total.mean()`` is the number of valence electrons. Per volume: electrons per cubic
-        angstrom.
-    diff : ndarray or None
-        The spin density, spin up minus spin down, if the file has one and ``diff`` was set.
-    structure : dict
-        ``pymatgen.core.Structure.as_dict()``.
-    formula : str
-    electrons : float
-        The mean of ``total`` per cell in float64. Readers refuse a store whose values disagree
-        with it.
-    blocks : tuple of str
-        Names of all grids in the file, for example ``("total", "diff")``.
-    pymatgen_version : str
-    warnings : tuple of str
-        Suspicious findings, one sentence each; usually empty.
-    units : {"cell", "volume"}
-    """
+    """One density as read from its file, in the units and the precision given."""
 
     task_id: str
     source: Path
+    #: Shape (nx, ny, nz), C order. Per cell (CHGCAR convention): electrons per volume times the
+    #: volume of the cell, so ``total.mean()`` is the number of valence electrons. Per volume:
+    #: electrons per cubic angstrom.
     total: NDArray[np.floating]
+    #: The spin density, spin up minus spin down, if the file has one and ``diff`` was set.
     diff: NDArray[np.floating] | None
+    #: ``pymatgen.core.Structure.as_dict()``.
     structure: dict[str, Any]
     formula: str
+    #: The mean of ``total`` per cell in float64. Readers refuse a store whose values disagree.
     electrons: float
+    #: Names of all grids in the file, for example ``("total", "diff")``.
     blocks: tuple[str, ...]
     pymatgen_version: str
+    #: Suspicious findings, one sentence each.
     warnings: tuple[str, ...] = ()
     units: Units = "cell"
 
@@ -172,14 +156,8 @@ def check_blocks(
 ) -> list[str]:
     """List suspicious values of a charge density, one sentence each.
 
-    Parameters
-    ----------
-    blocks : mapping
-        ``total`` and perhaps ``diff``, ``diff_x``, ...
-    protons : float
-        Sum of the atomic numbers, an upper bound of the valence electrons.
-    atoms : int
-        Number of atoms; each contributes at least one valence electron.
+    The ``protons`` are an upper bound of the valence electrons, and each of the ``atoms``
+    contributes at least one.
     """
     notes = []
     electrons = float(blocks["total"].mean())

@@ -33,11 +33,6 @@ def sync_tree(root: Path) -> None:
     110 s on a busy one (two cores; encoding them takes 50 s). It also writes what other programs
     have written there. FUSE does not pass ``syncfs`` on, and macOS has none; there each file is
     synced.
-
-    Raises
-    ------
-    OSError
-        The disk reports an error.
     """
     if root.is_file():
         _fsync(root)

@@ -98,14 +98,7 @@ _formats = [_JSON, _NPY, _VASP]
 
 @dataclass(frozen=True, order=True)
 class LeftOut:
-    """A file that is not converted, and why.
-
-    Attributes
-    ----------
-    path : Path
-    reason : str
-        A clause, without a full stop.
-    """
+    """A file that is not converted, and why: a clause, without a full stop."""
 
     path: Path
     reason: str
@@ -113,17 +106,11 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Naming:
-    """The rule that gives a source file its task id.
+    """The rule that gives a source file its task id."""
 
-    Attributes
-    ----------
-    id_from : str
-        As in `plan_convert`. Without a group, a regular expression gives all that it matches.
-    root : Path
-        The directory that was searched.
-    """
-
+    #: As in `plan_convert`. Without a group, a regular expression gives all that it matches.
     id_from: str = "auto"
+    #: The directory that was searched.
     root: Path = Path("/")
 
     def __post_init__(self) -> None:
@@ -144,23 +131,15 @@ class Naming:
 
 @dataclass(frozen=True)
 class Sources:
-    """Result of a search for source files, everything sorted.
+    """Result of a search for source files, everything sorted."""
 
-    Attributes
-    ----------
-    files : dict of Path to str
-        To convert, each with its task id.
-    nameless : dict of Path to str
-        Files that give no task id, each with the error.
-    left_out : tuple of LeftOut
-        Files that resemble densities but are not converted.
-    unreadable : tuple of LeftOut
-        Directories that could not be read, so files may be missing.
-    """
-
+    #: To convert, each with its task id.
     files: dict[Path, str]
+    #: Files that give no task id, each with the error.
     nameless: dict[Path, str]
+    #: Files that resemble densities but are not converted.
     left_out: tuple[LeftOut, ...] = ()
+    #: Directories that could not be read, so files may be missing.
     unreadable: tuple[LeftOut, ...] = ()
 
 
@@ -313,23 +292,8 @@ def find_files(
     """Source files below ``src``, sorted by name; ``src`` itself if it is a file.
 
     Without a pattern: every file named like a charge density, in the whole tree. With a pattern:
-    what ``Path.glob`` finds. Hidden directories and Zarr stores are not searched.
-
-    Parameters
-    ----------
-    src : Path
-    pattern : str, optional
-    naming : Naming, optional
-    prefer : str, optional
-        As in `plan_convert`.
-    apart : Path, optional
-        A directory that is not searched: the destination.
-
-    Raises
-    ------
-    ConfigError
-        ``src`` does not exist or cannot be read, nothing matches, or two files have the same task
-        id.
+    what ``Path.glob`` finds. Hidden directories, Zarr stores and ``apart`` (the destination) are
+    not searched. Two files of one task id are an error, unless ``prefer`` matches one of them.
     """
     try:
         is_file, is_directory = src.is_file(), src.is_dir()
@@ -454,13 +418,7 @@ def _nothing_found(src: Path, pattern: str | None, others: Sequence[LeftOut]) ->
 def _not_preferred(
     named: Mapping[Path, str], naming: Naming, preferred: Collection[Path]
 ) -> dict[Path, LeftOut]:
-    """The files that are not converted because another one of the same id is preferred.
-
-    Raises
-    ------
-    ConfigError
-        For an id, none of them is preferred, or several are.
-    """
+    """The files that are not converted because another one of the same id is preferred."""
     by_id: dict[str, list[Path]] = {}
     for path, task_id in named.items():
         by_id.setdefault(task_id, []).append(path)

@@ -54,43 +54,19 @@ class RawDensity:
 
 
 def read_vasp_text(path: Path) -> RawDensity:
-    """Parse a CHGCAR or another volumetric file of VASP, perhaps compressed.
-
-    Raises
-    ------
-    SchemaError
-        Not such a file, cut short, or larger than memory; errors of the structure are pymatgen's.
-    ConfigError
-        pymatgen is not installed.
-    """
+    """Parse a CHGCAR or another volumetric file of VASP, perhaps compressed."""
     require_pymatgen()
     return _raw(_read_vasp_text(path))
 
 
 def read_mp_json(path: Path) -> RawDensity:
-    """Parse JSON as the Materials Project writes it, perhaps compressed.
-
-    Raises
-    ------
-    SchemaError
-        No charge density in it, or larger than memory; errors of the structure are pymatgen's.
-    ConfigError
-        pymatgen is not installed.
-    """
+    """Parse JSON as the Materials Project writes it, perhaps compressed."""
     require_pymatgen()
     return _raw(_read_mp_json(path))
 
 
 def read_npy(path: Path) -> RawDensity:
-    """Read ``rho_*.npy`` and the files beside it, as the QM9 data sets of electrai keep them.
-
-    Raises
-    ------
-    SchemaError
-        A file holds something else, or there is no box or no ``.xyz`` file.
-    ConfigError
-        pymatgen is not installed.
-    """
+    """Read ``rho_*.npy`` and the files beside it, as the QM9 data sets of electrai keep them."""
     require_pymatgen()
     where = path.parent
     names = [name for name in members_of(os.listdir(where), str(where)) if name != path.name]

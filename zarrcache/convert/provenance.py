@@ -26,22 +26,14 @@ _ROOTS = {".zattrs": ".zgroup", "zarr.json": "zarr.json"}
 
 @dataclass(frozen=True)
 class Source:
-    """The identity of a source file.
+    """The identity of a source file."""
 
-    Attributes
-    ----------
-    name : str
-        Without its directory, which may be private.
-    bytes : int
-        Size as it lies on the disk, perhaps compressed.
-    ctime_ns : int
-        Time of the last change, which no program can set: with it and the size an unchanged file
-        is recognised without reading it.
-    sha256 : str
-    """
-
+    #: Without its directory, which may be private.
     name: str
+    #: Size as it lies on the disk, perhaps compressed.
     bytes: int
+    #: Time of the last change, which no program can set: with it and the size an unchanged file is
+    #: recognised without reading it.
     ctime_ns: int
     sha256: str
 
@@ -55,23 +47,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Existing:
-    """A store that is there already.
+    """A store that is there already."""
 
-    Attributes
-    ----------
-    problem : str
-        Why it is not whole; empty if no object is missing or too short.
-    source : Source or None
-        None: another program or an earlier version wrote it.
-    has_diff : bool
-        The spin density was requested when it was converted.
-    units, dtype : str
-        Of its arrays: ``cell`` or ``volume``, ``float32`` or ``float64``.
-    """
-
+    #: Why it is not whole; empty if no object is missing or too short.
     problem: str
+    #: None: another program or an earlier version wrote it.
     source: Source | None = None
+    #: The spin density was requested when it was converted.
     has_diff: bool = False
+    #: Of its arrays: ``cell`` or ``volume``, ``float32`` or ``float64``.
     units: str = "cell"
     dtype: str = "float32"
 
@@ -100,17 +84,11 @@ def record(
 def examine(
     objects: Mapping[str, int], read: Callable[[str], bytes], *, all_documents: bool = False
 ) -> Existing:
-    """Compare the objects of a store with its record. Contents of chunks are not read.
+    """Compare the sizes of a store's objects, by their keys below it, with its record.
 
-    Parameters
-    ----------
-    objects : mapping
-        Size in bytes of each object by its key below the store.
-    read : callable
-        Called with the key of a document; returns its bytes.
-    all_documents : bool
-        Parse every document of the group, not only the one with the attributes. A file may have
-        been cut short; an object on S3 is written at once.
+    Documents are read by ``read``, which gets their key; contents of chunks are not. With
+    ``all_documents`` every document of the group is parsed, not only the one with the attributes: a
+    file may have been cut short, while an object on S3 is written at once.
     """
     root = next((name for name in _ROOTS if name in objects), None)
     if root is None:

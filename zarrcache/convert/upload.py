@@ -40,14 +40,6 @@ class S3Destination:
 
     Stores are written through obstore if possible. The planning process, which starts the others,
     lists names and finished stores through s3fs, so that a later fork may use obstore.
-
-    Parameters
-    ----------
-    url : str
-        ``s3://bucket/prefix``.
-    s3_kwargs : mapping, optional
-        As for ``s3fs.S3FileSystem``.
-    retry : RetryConfig
     """
 
     def __init__(
@@ -72,11 +64,6 @@ class S3Destination:
         """Names directly below the prefix, including unfinished stores.
 
         The first request shows whether bucket and credentials are right.
-
-        Raises
-        ------
-        OriginError
-            There is no such bucket, no access, or no answer.
         """
         below = f"{self._prefix}/" if self._prefix else ""
         found: set[str] = set()
@@ -136,30 +123,19 @@ class S3Destination:
         return bytes(answers[found.key].body)
 
     def upload(self, name: str, objects: Mapping[str, bytes], *, overwrite: bool = False) -> int:
-        """Write one store, completely or not at all.
+        """Write one store, completely or not at all. Returns the bytes written.
 
-        Parameters
-        ----------
-        name : str
-            ``mp-1.zarr``, or ``mp-1.zarr.zip`` with a single object whose key is empty.
-        objects : mapping
-            Key below the store to bytes, in the order in which to publish the documents.
-        overwrite : bool
-            Remove an old store first: its documents before its chunks, so that no reader gets a
-            mixture.
-
-        Returns
-        -------
-        int
-            Bytes written.
+        ``objects`` are those of `encode_store`, in the order in which to publish them; a zip file
+        has one whose key is empty. With ``overwrite`` an old store is removed first: its documents
+        before its chunks, so that no reader gets a mixture. After an error the uploaded objects are
+        removed again, if the server allows.
 
         Raises
         ------
         StoreExistsError
             The store exists, and ``overwrite`` is False.
         OriginError
-            S3 did not accept an object, or stored other bytes. Uploaded objects are removed again,
-            if the server allows.
+            S3 did not accept an object, or stored other bytes.
         """
         root = self._key(name)
         if not overwrite and self.finished([name], lambda: self._bucket.engine(root)):

@@ -88,13 +88,6 @@ def encode_store(
     units : {"cell", "volume"}
         Of the arrays. ``volume`` is an attribute of the store, without which readers would divide
         again.
-
-    Raises
-    ------
-    SchemaError
-        An array is not 3-D, or the attributes are larger than readers read.
-    ConfigError
-        Invalid chunks or format.
     """
     import numcodecs
     import zarr
@@ -143,13 +136,7 @@ def encode_store(
 
 
 def check_layout(chunks: Sequence[object], zarr_format: int) -> None:
-    """Refuse an invalid layout.
-
-    Raises
-    ------
-    ConfigError
-        Not three positive chunk sizes, or neither format 2 nor 3.
-    """
+    """Refuse other than three positive chunk sizes and the formats 2 and 3."""
     if zarr_format not in (2, 3):
         raise ConfigError(f"zarr_format is {zarr_format!r}; Zarr has the formats 2 and 3.")
     if len(chunks) != 3 or not all(
@@ -175,32 +162,19 @@ def is_document(key: str) -> bool:
 
 
 def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool = False) -> int:
-    """Write one store to a directory or a zip file, completely or not at all.
+    """Write one store, completely or not at all. Returns the bytes written.
 
-    When this returns, the store survives a power failure. During ``overwrite`` the old or the new
-    store is there at each instant, also after a power failure; on file systems that cannot swap two
-    names (NFS) the next run restores the old one, should both names be gone.
-
-    Parameters
-    ----------
-    final : Path
-        ``mp-1.zarr``, or ``mp-1.zarr.zip`` with a single object whose key is empty.
-    objects : mapping
-        Key to bytes, from ``encode_store``.
-    overwrite : bool
-        Replace a store. Anything else at that path is refused.
-
-    Returns
-    -------
-    int
-        Bytes written.
+    ``objects`` are those of `encode_store`; a zip file has one whose key is empty. When this
+    returns, the store survives a power failure. During ``overwrite`` the old or the new store is
+    there at each instant, also after a power failure; on file systems that cannot swap two names
+    (NFS) the next run restores the old one, should both names be gone.
 
     Raises
     ------
     StoreExistsError
         It exists, and ``overwrite`` is False.
     ConfigError
-        Something else has this name.
+        Something that is no store has this name.
     OSError
         Writing failed; nothing of the store is left.
     """
@@ -252,11 +226,6 @@ def witness_in(directory: Path) -> Iterator[Path]:
 
     A directory of the same name on a machine's own disk does not have it. Swept like a partial
     file.
-
-    Raises
-    ------
-    OSError
-        The directory is not writable.
     """
     path = hidden_path(directory / "witness.zarr", "partial")
     path.touch()

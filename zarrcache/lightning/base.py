@@ -84,13 +84,7 @@ class DataModule(LightningDataModule):
         self.check_ranks()
 
     def check_ranks(self) -> None:
-        """Compute the splits and compare them across the ranks.
-
-        Raises
-        ------
-        ConfigError
-            They differ.
-        """
+        """Compute the splits, and refuse to train if they differ between the ranks."""
         counts = {name: len(split.train) for name, split in self.splits.items()}
         trainer = self.trainer
         if trainer is None or trainer.world_size == 1:
@@ -115,13 +109,7 @@ def _holds_secret(value: Any) -> bool:
 
 
 def transforms_of(transform: Any) -> dict[str, Any]:
-    """The transform of each side of the split.
-
-    Raises
-    ------
-    ConfigError
-        It is for a side that there is none of.
-    """
+    """The transform of each side of the split."""
     if not isinstance(transform, Mapping):
         return {} if transform is None else dict.fromkeys(SIDES, transform)
     if unknown := sorted(map(str, transform.keys() - {*SIDES})):

@@ -39,13 +39,7 @@ class TrainLoader(DataLoader[Sample]):
 
     @property
     def planned(self) -> NodeSampler:
-        """The sampler.
-
-        Raises
-        ------
-        ConfigError
-            Something has replaced it.
-        """
+        """The sampler. It is an error if something has replaced it."""
         if not isinstance(self.sampler, NodeSampler):
             raise ConfigError(
                 "The sampler of the training loader was replaced by a "
@@ -90,13 +84,7 @@ class TrainLoader(DataLoader[Sample]):
 
 
 def world_of(trainer: Any) -> World | None:
-    """Ranks and nodes as Lightning numbers them.
-
-    Raises
-    ------
-    ConfigError
-        The ranks are not numbered node by node.
-    """
+    """Ranks and nodes as Lightning numbers them, which has to be node by node."""
     if trainer is None:
         return None
     shares = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}

@@ -19,32 +19,19 @@ __all__ = ["Activity", "Monitor"]
 
 @dataclass(frozen=True)
 class Activity:
-    """The activity of all processes that use a cache, over one interval.
-
-    Attributes
-    ----------
-    directory : str
-    seconds : float
-        Length of the interval.
-    boards : tuple of Board
-        Trainings, ``zarrcache warm``, ``zarrcache serve`` and others that run now, each with its
-        processes and counters. Those of other users are not seen, unless this one is root.
-    total : Stats
-        Counters of the runs since they began.
-    recent : Stats
-        Counters of the interval.
-    volume_bytes : int
-        Bytes on disk of both tiers.
-    limit_bytes : int or None
-        None if only the directory is known.
-    """
+    """The activity of all processes that use a cache, over an interval of ``seconds``."""
 
     directory: str
     seconds: float
+    #: Trainings, ``zarrcache warm``, ``zarrcache serve`` and others that run now, each with its
+    #: processes and counters. Those of other users are not seen, unless this one is root.
     boards: tuple[Board, ...]
+    #: Counters of the runs since they began, and of the interval.
     total: Stats
     recent: Stats
+    #: On disk, of both tiers.
     volume_bytes: int
+    #: None if only the directory is known.
     limit_bytes: int | None
 
     @property
@@ -78,17 +65,8 @@ class Activity:
 class Monitor:
     """Reads the counters of other processes; they are neither asked nor interrupted.
 
-    Parameters
-    ----------
-    config : DataConfig or CacheConfig
-    has_settings : bool
-        False if only the directory is known, so that the limit in ``config`` is a mere default.
-
-    Raises
-    ------
-    ConfigError
-        There is no cache block, the cache directory cannot be used, or this system has no
-        ``/proc``.
+    Without ``has_settings`` only the directory is known, and the limit in ``config`` is a mere
+    default.
     """
 
     def __init__(self, config: DataConfig | CacheConfig, *, has_settings: bool = True) -> None:

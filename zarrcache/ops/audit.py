@@ -56,44 +56,26 @@ _NOBLE = (0, 2, 10, 18, 36, 54, 86, 118)
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a material.
+    """Something that is wrong with a material."""
 
-    Attributes
-    ----------
-    kind : str
-        A key of `KINDS`.
-    task_id : str
-    role : str
-        ``data``, ``label``, or empty if it is about both.
-    what : str
-        One sentence with the numbers.
-    severity : float
-        Larger is worse, among findings of one kind.
-    """
-
+    #: A key of `KINDS`.
     kind: str
     task_id: str
+    #: ``data``, ``label``, or empty if it is about both.
     role: str
+    #: One sentence with the numbers.
     what: str
+    #: Larger is worse, among findings of one kind.
     severity: float = 0.0
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found.
-
-    Attributes
-    ----------
-    materials : int
-        Number of pairs that were examined.
-    nbytes : int
-        Size of their values in memory.
-    findings : tuple of Finding
-        Worst kinds first.
-    """
+    """What an audit found: the pairs that were examined, and their size in memory."""
 
     materials: int
     nbytes: int
+    #: Worst kinds first.
     findings: tuple[Finding, ...]
 
     @property
@@ -132,22 +114,10 @@ def audit(
     ids: Sequence[str] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> AuditReport:
-    """Read all pairs of a config and report what is wrong with them.
+    """Read all pairs of a config, or those of ``ids``, and report what is wrong with them.
 
-    Parameters
-    ----------
-    config : DataConfig
-    ids : sequence of str, optional
-        Only these task ids. Default: all materials that have input and label.
-    progress : callable, optional
-        Called with the number of pairs examined so far and their total.
-
-    Raises
-    ------
-    ConfigError
-        The map file or the cache cannot be used, or no material has input and label.
-    OriginError
-        A directory cannot be listed. A density that cannot be read is a finding.
+    A density that cannot be read is a finding. ``progress`` gets the number of pairs examined so
+    far, and their total.
     """
     reader = open_reader(config)
     task_ids = all_pairs(reader) if ids is None else list(dict.fromkeys(ids))

@@ -17,38 +17,23 @@ __all__ = ["CachedDensity", "list_entries"]
 
 @dataclass(frozen=True)
 class CachedDensity:
-    """An entry of the array tier.
-
-    Attributes
-    ----------
-    task_id : str
-    role : str
-        ``data``, ``label``, or ``data+label`` where both are one directory; empty without a
-        training config.
-    url : str
-        The store.
-    array : str
-        Name of the array in the store.
-    unit : str
-        What the values are divided by: ``points``, ``volume``, or empty.
-    shape : tuple of int
-        Empty if the entry could not be read.
-    encoding : str
-        ``float32``, ``float16``, ``bfloat16`` or ``bits:N``: ``cache.arrays.encoding`` of the
-        reader that stored it.
-    disk_bytes : int
-    stored_s : float
-        Seconds since the epoch.
-    """
+    """An entry of the array tier."""
 
     task_id: str
+    #: ``data``, ``label``, or ``data+label`` where both are one directory; empty without a training
+    #: config.
     role: str
+    #: Of the store, and the name of the array in it.
     url: str
     array: str
+    #: ``cell``, ``points`` or ``volume``. This and the next two are empty if the entry could not be
+    #: read.
     units: str
     shape: tuple[int, ...]
+    #: ``cache.arrays.encoding`` of the reader that stored it.
     encoding: str
     disk_bytes: int
+    #: Seconds since 1970.
     stored_s: float
 
 
@@ -71,26 +56,10 @@ def list_entries(
     sort: str = "id",
     reverse: bool = False,
 ) -> list[CachedDensity]:
-    """List the cached densities of the config's ids, or of the whole cache. Sends no request.
+    """List the cached densities of a training config, or of the whole cache. Sends no request.
 
-    Parameters
-    ----------
-    config : DataConfig or CacheConfig
-        With a CacheConfig: every density of the cache.
-    ids : sequence of str, optional
-        Only these task ids.
-    match : str
-        Only ids that match this pattern: ``mp-12*``.
-    sort : str
-        ``id``, ``role``, ``shape``, ``bytes``, ``units``, ``encoding`` or ``stored``.
-    reverse : bool
-        Largest, or latest, first.
-
-    Raises
-    ------
-    ConfigError
-        There is no cache block, no such sort key, or the cache directory or the map file cannot be
-        read.
+    ``ids``, and the pattern ``match`` (``mp-12*``), narrow the choice. ``sort`` is a key of
+    ``_ORDERS``.
     """
     if sort not in _ORDERS:
         raise ConfigError(f"{sort!r} is no column to sort by. Columns: {', '.join(_ORDERS)}.")

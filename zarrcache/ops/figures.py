@@ -39,39 +39,22 @@ _SIDE, _GAP, _CAPTION = 240, 12, 36  # pixels
 
 @dataclass(frozen=True)
 class Panel:
-    """A plane of a grid as colours.
-
-    Attributes
-    ----------
-    caption : str
-    colours : (rows, columns, 3) array of uint8
-        Rows are the first of the plane's two axes.
-    """
+    """A plane of a grid as colours, with a caption."""
 
     caption: str
+    #: (rows, columns, 3); rows are the first of the plane's two axes.
     colours: NDArray[np.uint8]
 
 
 def draw_pair(
     data: NDArray[Any], label: NDArray[Any], at: Sequence[float] = (0.5, 0.5, 0.5)
 ) -> list[list[Panel]]:
-    """Draw the planes yz, xz and xy of a pair.
+    """Draw the planes yz, xz and xy of a pair of grids (nx, ny, nz), in a row per plane.
 
     Input and label share a scale, from the lowest to the highest value of both planes; colours
     follow the square root of the value, or the dark regions between atoms would show nothing. The
-    difference, label minus input, has a scale of its own that is symmetric around zero.
-
-    Parameters
-    ----------
-    data, label : (nx, ny, nz) array
-        Where the grids differ, there is no difference.
-    at : three floats
-        Where each axis is cut, as a share of its length, 0 to 1.
-
-    Returns
-    -------
-    list of list of Panel
-        A row per plane.
+    difference, label minus input, has a scale of its own that is symmetric around zero; grids of
+    different shapes have none. ``at`` is where each axis is cut, as a share of its length.
     """
     rows = []
     for axis in range(3):
@@ -96,13 +79,7 @@ def draw_pair(
 
 
 def as_png(rows: Sequence[Sequence[Panel]]) -> bytes:
-    """A PNG file of panels with their captions.
-
-    Raises
-    ------
-    ConfigError
-        Pillow is not installed.
-    """
+    """A PNG file of panels with their captions."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as exc:

@@ -66,82 +66,51 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class EpochForecast:
-    """One epoch, all nodes together.
+    """One epoch, all nodes together."""
 
-    Attributes
-    ----------
-    hit_ratio : float
-        Reads served by a cache, 0 to 1.
-    requests, nbytes : int
-        Requests to the origin and bytes from it.
-    dollars : float
-        In ``prices.currency``.
-    seconds : float or None
-        Reading alone, on the slowest node; None without ``probe``.
-    """
-
+    #: Reads served by a cache, 0 to 1.
     hit_ratio: float
+    #: To the origin, and bytes from it.
     requests: int
     nbytes: int
+    #: In ``prices.currency``.
     dollars: float
+    #: Reading alone, on the slowest node; None without ``probe``.
     seconds: float | None
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The forecast of a run.
-
-    Attributes
-    ----------
-    samples : int
-    densities : int
-        Two per sample, or one if input and label are the same directory; with several channels as
-        many as there are.
-    measured : int
-        Densities whose size was measured; the others are drawn from their distribution.
-    gets, lists : float
-        Mean number of objects per density, and of LIST requests to read it.
-    stored_bytes, disk_bytes : int
-        Total size of all densities, at the origin and in a cache that holds them all.
-    nodes, ranks : int
-    capacity_bytes : int
-        Size of the cache of one node.
-    lookahead_bytes : int
-        The part of it that the look-ahead takes once the cache is full.
-    encoding : str
-        ``cache.arrays.encoding``, on which ``disk_bytes`` depends.
-    variant : Variant
-    run_epochs : int
-        Epochs of the whole run.
-    epochs : tuple of EpochForecast
-        The simulated epochs; later ones are taken to be like the last half of them.
-    total : EpochForecast
-        Of the whole run.
-    others : dict of Variant to float
-        Hit ratio of every variant in the last half of the simulated epochs.
-    prices : PriceConfig
-    speed : Speed or None
-        None without ``probe``.
-    """
+    """The forecast of a run."""
 
     samples: int
+    #: Two per sample, or one if input and label are the same directory; with several channels as
+    #: many as there are.
     densities: int
+    #: Those whose size was measured; the others are drawn from their distribution.
     measured: int
+    #: Mean number of objects per density, and of LIST requests to read it.
     gets: float
     lists: float
+    #: Total size of all densities, at the origin and in a cache that holds them all.
     stored_bytes: int
     disk_bytes: int
     nodes: int
     ranks: int
+    #: Size of the cache of one node, and the part of it that the look-ahead takes once it is full.
     capacity_bytes: int
     lookahead_bytes: int
+    #: ``cache.arrays.encoding``, on which ``disk_bytes`` depends.
     encoding: str
     variant: Variant
+    #: Of the whole run. Those after the simulated ``epochs`` are taken to be like their last half.
     run_epochs: int
     epochs: tuple[EpochForecast, ...]
     total: EpochForecast
+    #: Hit ratio of every variant in the last half of the simulated epochs.
     others: dict[Variant, float]
     prices: PriceConfig
+    #: None without ``probe``.
     speed: Speed | None
 
     @property
@@ -163,22 +132,14 @@ class Forecast:
 
 @dataclass(frozen=True)
 class WhatIf:
-    """Forecasts of one run with other caches.
-
-    Attributes
-    ----------
-    present : Forecast
-        As configured.
-    sizes : tuple of Forecast
-        With caches of other sizes, from small to large. ``others`` has the policies of
-        ``cache.eviction``, with the assignment of ``present``.
-    nodes : tuple of Forecast
-        With other numbers of nodes and both assignments. One node has only ``global``, which is the
-        same there.
-    """
+    """Forecasts of one run: as configured (``present``), and with other caches."""
 
     present: Forecast
+    #: With caches of other sizes, from small to large. ``others`` has the policies of
+    #: ``cache.eviction``, with the assignment of ``present``.
     sizes: tuple[Forecast, ...]
+    #: With other numbers of nodes and both assignments. One node has only ``global``, which is the
+    #: same there.
     nodes: tuple[Forecast, ...]
 
 
@@ -209,13 +170,6 @@ def measure_split(
         Size of the cache of each node. Default: ``cache.limit``.
     progress : callable, optional
         Called with the number of densities measured so far and to measure.
-
-    Raises
-    ------
-    ConfigError
-        More ranks than samples, or neither a cache block nor a capacity.
-    OriginError
-        The origin cannot be read.
     """
     cache = source.cache_config if isinstance(source, ZarrS3Reader) else source.cache
     if capacity_bytes is None:
@@ -318,11 +272,6 @@ class MeasuredSplit:
             ``seconds``.
         compare : sequence of Variant, optional
             Those in ``others``. Default: every combination of assignment and policy.
-
-        Raises
-        ------
-        ConfigError
-            A number is out of range.
         """
         for name, number in (
             ("nodes", nodes),
@@ -392,13 +341,7 @@ def what_if(
 ) -> WhatIf:
     """Forecast a run with caches of other sizes and policies, and on other numbers of nodes.
 
-    Parameters
-    ----------
-    split : MeasuredSplit
-    nodes, epochs : int
-        Of the run.
-    progress : callable, optional
-        Called with the number of runs forecast so far and to forecast.
+    ``progress`` gets the number of runs forecast so far, and to forecast.
     """
     policies: tuple[Policy, ...] = get_args(Eviction)
     present = split.forecast(nodes=nodes, epochs=epochs)

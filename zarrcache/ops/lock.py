@@ -25,19 +25,9 @@ __all__ = ["make_lock"]
 def make_lock(
     config: DataConfig, *, progress: Callable[[int, int], object] | None = None
 ) -> DataLock:
-    """Read every density of a config, and return its lock.
+    """Read every density of a config, and return its lock. ``cache.lock`` is ignored.
 
-    Parameters
-    ----------
-    config : DataConfig
-        ``cache.lock`` is ignored.
-    progress : callable, optional
-        Called with the densities read so far and their number.
-
-    Raises
-    ------
-    ZarrCacheError
-        A density cannot be read, or the config has none.
+    ``progress`` gets the number of densities read so far, and of all.
     """
     if config.cache is not None:
         config = config.model_copy(update={"cache": config.cache.model_copy(update={"lock": None})})

@@ -24,20 +24,13 @@ __all__ = ["FoundIds", "find_ids", "write_map"]
 
 @dataclass(frozen=True)
 class FoundIds:
-    """The task ids of which every directory has a source.
+    """The task ids of which every directory has a source, and what is left out."""
 
-    Attributes
-    ----------
-    ids : tuple of str
-        Sorted; the numbers in them by value, ``mp-2`` before ``mp-10``.
-    partial : tuple of str
-        Ids that only some of the directories have; left out.
-    refused : tuple of str
-        Names that end as those of sources do but give no task id; left out.
-    """
-
+    #: Sorted; the numbers in them by value, ``mp-2`` before ``mp-10``.
     ids: tuple[str, ...]
+    #: Ids that only some of the directories have.
     partial: tuple[str, ...] = ()
+    #: Names that end as those of sources do but give no task id.
     refused: tuple[str, ...] = ()
 
 
@@ -48,24 +41,15 @@ def find_ids(
     s3_kwargs: Mapping[str, Any] | None = None,
     beside: Path | None = None,
 ) -> FoundIds:
-    """List directories: one LIST per 1,000 names. No file is read.
+    """List directories (paths or ``s3://bucket/prefix``), one LIST per 1,000 names.
 
-    Parameters
-    ----------
-    directories : sequence of str
-        Each a path or ``s3://bucket/prefix``: one, or those of input and label.
-    source : str or sequence of str
-        As in a training config.
-    s3_kwargs : mapping, optional
-    beside : Path, optional
-        A map file that may lie among the densities; ``map.json.gz`` is not one of them.
+    No file is read. ``source`` is that of a training config. The map file ``beside`` may lie among
+    the densities, and ``map.json.gz`` is not one of them.
 
     Raises
     ------
     OriginNotFoundError
         A directory holds no source.
-    ConfigError, OriginError
-        ``source`` or ``s3_kwargs`` cannot be used, or a directory cannot be listed.
     """
     kinds = kinds_of(source)
     every: list[set[str]] = []
@@ -105,26 +89,9 @@ def _natural(task_id: str) -> list[str | int]:
 
 
 def write_map(path: Path, functional: str, ids: Sequence[str], *, force: bool = False) -> int:
-    """Write a map file, or add a functional to one that exists.
+    """Write a map file, or add a functional to one that exists; with ``force`` replace its ids.
 
-    Parameters
-    ----------
-    path : Path
-        Compressed if its name ends with ``.gz``.
-    functional : str
-    ids : sequence of str
-    force : bool
-        Replace the ids of the functional if the map has it.
-
-    Returns
-    -------
-    int
-        Functionals in the map that are kept.
-
-    Raises
-    ------
-    ConfigError
-        The map has the functional, the file is no map, or it cannot be written.
+    Returns the number of other functionals in the map, which are kept.
     """
     if not functional.strip():
         raise ConfigError("the name of the functional is empty. Give one, for example GGA.")

@@ -39,13 +39,7 @@ METRICS = {
 
 
 def exposition(monitor: Monitor) -> bytes:
-    """All metrics of a cache in Prometheus's text format.
-
-    Raises
-    ------
-    ConfigError
-        prometheus-client is not installed.
-    """
+    """All metrics of a cache in Prometheus's text format."""
     try:
         from prometheus_client import CollectorRegistry, generate_latest
     except ImportError as exc:
@@ -58,13 +52,7 @@ def exposition(monitor: Monitor) -> bytes:
 
 
 def write_metrics(path: Path, monitor: Monitor) -> None:
-    """Replace a file of node_exporter's textfile collector, which never sees half of it.
-
-    Raises
-    ------
-    ConfigError
-        The file cannot be written, or prometheus-client is not installed.
-    """
+    """Replace a file of node_exporter's textfile collector, which never sees half of it."""
     content = exposition(monitor)
     beside = path.with_name(f"{path.name}.{os.getpid()}")  # its name does not end with .prom
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from zarrcache._keys import ROLES
-from zarrcache._units import format_bytes
+from zarrcache._units import counted, format_bytes
 from zarrcache.config import DataConfig
 from zarrcache.data import open_reader
 from zarrcache.errors import ZarrCacheError
@@ -37,6 +37,10 @@ code { background: var(--shade); padding: .1rem .3rem; border-radius: .2rem; }
 """
 
 _PICTURES = 20
+_LEGEND = (
+    '<p class="faint">Planes through the middle of each axis. Input and label share a scale; blue '
+    "to red is label minus input.</p>"
+)
 
 
 def page(title: str, body: str, style: str = "") -> str:
@@ -68,40 +72,29 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def audit_page(config: DataConfig, report: AuditReport) -> str:
-    """The report of an audit, with three planes of each of the worst 20 pairs.
-
-    Raises
-    ------
-    ConfigError
-        Pillow is not installed.
-    """
-    parts = []
-    parts.append(
+    """The report of an audit, with three planes of each of the worst 20 pairs."""
+    pairs = (
         f"<p>{report.materials:,} pairs ({format_bytes(report.nbytes)}) of "
         f"<code>{escape(config.functional)}</code>: input <code>{escape(config.data_dir)}</code>, "
         f"label <code>{escape(config.label_dir)}</code>.</p>"
     )
     if not report.findings:
-        return page("Audit: nothing is wrong", "".join(parts))
+        return page("Audit: nothing is wrong", pairs)
     rows = [(kind, count, KINDS[kind]) for kind, count in report.counts.items()]
-    parts.append(table(("kind", "materials", "what it is"), rows))
-    parts.append("<h2>Findings</h2>")
-    parts.append(
-        table(
-            ("kind", "id", "of", "what"),
-            [
-                (found.kind, found.task_id, found.role or "pair", found.what)
-                for found in report.findings
-            ],
-        )
-    )
-    parts.append(f"<h2>The worst {len(report.worst(_PICTURES))}</h2>")
-    parts.append(
-        '<p class="faint">Planes through the middle of each axis. Input and label share a scale; '
-        "blue to red is label minus input.</p>"
-    )
+    findings = [
+        (found.kind, found.task_id, found.role or "pair", found.what) for found in report.findings
+    ]
+    worst = report.worst(_PICTURES)
+    parts = [
+        pairs,
+        table(("kind", "materials", "what it is"), rows),
+        "<h2>Findings</h2>",
+        table(("kind", "id", "of", "what"), findings),
+        f"<h2>The worst {len(worst)}</h2>",
+        _LEGEND,
+    ]
     reader = open_reader(config)
-    for task_id in report.worst(_PICTURES):
+    for task_id in worst:
         what = "; ".join(
             f"{found.role or 'pair'}: {found.what}"
             for found in report.findings
@@ -118,5 +111,4 @@ def audit_page(config: DataConfig, report: AuditReport) -> str:
             f"<figure>{picture}<figcaption><b>{escape(task_id)}</b>: {escape(what)}</figcaption>"
             "</figure>"
         )
-    findings = f"{len(report.findings):,} finding{'' if len(report.findings) == 1 else 's'}"
-    return page(f"Audit: {findings}", "\n".join(parts))
+    return page(f"Audit: {counted(len(findings), 'finding')}", "\n".join(parts))

@@ -69,15 +69,7 @@ def report_page(
 ) -> str:
     """The page, as one HTML document.
 
-    Parameters
-    ----------
-    config : DataConfig
-        With a cache block.
-    recorded : RecordedRuns
-    forecast : WhatIf or str
-        Or why there is none.
-    now_s : float
-        The time that the page states, in seconds since 1970.
+    ``forecast`` may be the reason why there is none; ``now_s`` is the time that the page states.
     """
     cache = cache_of(config)
     plan = forecast if isinstance(forecast, WhatIf) else None

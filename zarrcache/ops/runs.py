@@ -31,26 +31,14 @@ _COUNTERS = {field.name for field in fields(Stats)}
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """Epochs that one training process has recorded.
+    """Epochs that one training process has recorded, at least one."""
 
-    Attributes
-    ----------
-    name : str
-        Of the file, without suffix.
-    epochs : tuple of EpochTimes
-        At least one.
-    ended_s : tuple of float
-        When each epoch ended, in seconds since 1970.
-    workers : int
-        DataLoader workers; 0: the training process reads.
-    verify, revalidate : str
-        ``cache.verify`` and ``cache.revalidate`` of the present config.
-    """
-
-    name: str
     epochs: tuple[EpochTimes, ...]
+    #: When each epoch ended, in seconds since 1970.
     ended_s: tuple[float, ...]
+    #: Of the DataLoader; 0: the training process reads.
     workers: int
+    #: ``cache.verify`` and ``cache.revalidate`` of the present config.
     verify: str
     revalidate: str
 
@@ -72,17 +60,11 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class RecordedRuns:
-    """What the directory of a cache tells about earlier runs.
+    """What the directory of a cache tells about earlier runs."""
 
-    Attributes
-    ----------
-    runs : tuple of RecordedRun
-        From the one whose last epoch ended last to the oldest.
-    notes : tuple of str
-        What could not be read, and why.
-    """
-
+    #: From the one whose last epoch ended last to the oldest.
     runs: tuple[RecordedRun, ...]
+    #: What could not be read, and why.
     notes: tuple[str, ...]
 
     @property
@@ -148,9 +130,7 @@ def _read_run(path: Path, cache: CacheConfig) -> tuple[RecordedRun | None, str]:
         )
     if not epochs:
         return None, note
-    run = RecordedRun(
-        path.stem, tuple(epochs), tuple(ended_s), workers, cache.verify, cache.revalidate
-    )
+    run = RecordedRun(tuple(epochs), tuple(ended_s), workers, cache.verify, cache.revalidate)
     return run, note
 
 

@@ -49,19 +49,9 @@ def key_comments(text: str) -> dict[tuple[str, ...], str]:
 
 
 def filled_in(text: str, values: Mapping[str, str | None]) -> str:
-    """Replace values of a config and keep its comments.
+    """Replace values of a config, by dotted key (``cache.dir``), and keep its comments.
 
-    Parameters
-    ----------
-    text : str
-        A config.
-    values : Mapping
-        New values by dotted key, ``cache.dir``; None keeps the value.
-
-    Raises
-    ------
-    ConfigError
-        The config does not have one of the keys.
+    None keeps a value. A key that the config does not have is an error.
     """
     missing = {key for key, value in values.items() if value is not None}
     lines = []

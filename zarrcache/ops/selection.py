@@ -101,13 +101,7 @@ def all_pairs(reader: ZarrS3Reader) -> list[str]:
 
 
 def cache_at(directory: Path) -> CacheConfig:
-    """Settings to maintain the cache in ``directory``, whose own settings are unknown.
-
-    Raises
-    ------
-    ConfigError
-        There is no cache, or this user cannot enter its directory.
-    """
+    """Settings to maintain the cache in ``directory``, whose own settings are unknown."""
     directory = Path(directory).expanduser().absolute()
     root = CacheDir(directory).root
     if not _is_there(root):
@@ -149,47 +143,23 @@ def _is_there(root: Path) -> bool:
 
 
 class Compared(NamedTuple):
-    """An entry of the array tier, and what the origin says about its density now.
-
-    Attributes
-    ----------
-    row : Row
-    is_stale : bool
-    lacks : str
-        Which chunks the origin lacks; empty if it has all, or was not examined.
-    electrons : float or None
-        The number of electrons that the store states.
-    volume : float or None
-        Of the cell, in cubic angstrom, for an entry per volume.
-    """
+    """An entry of the array tier, and what the origin says about its density now."""
 
     row: Row
     is_stale: bool
+    #: Which chunks the origin lacks; empty if it has all, or was not examined.
     lacks: str = ""
+    #: The number of electrons that the store states.
     electrons: float | None = None
+    #: Of the cell, in cubic angstrom, for an entry per volume.
     volume: float | None = None
 
 
 class Selection:
     """The stores of a training config's ids, of any version, whether or not the origin has them.
 
-    Creating one sends no request.
-
-    Parameters
-    ----------
-    config : DataConfig
-        With a ``cache`` block.
-    ids : sequence of str, optional
-        Only these task ids. Default: every id that the map file has for the functional.
-
-    Attributes
-    ----------
-    ids : list of str
-        Without duplicates.
-    is_whole : bool
-        All ids of the map are selected.
-    index : Index
-        Of the config's cache; not opened yet.
+    Creating one sends no request, and does not open its ``index``. It selects ``ids``, or every id
+    that the map file has for the functional (``is_whole``).
     """
 
     def __init__(self, config: DataConfig, ids: Sequence[str] | None = None) -> None:
@@ -337,11 +307,6 @@ class Selection:
         """Entries of the array tier, among ``rows``, that differ from the origin's version.
 
         One LIST each. A store that the origin no longer has is stale.
-
-        Raises
-        ------
-        OriginError
-            The origin cannot be listed.
         """
         return [found.row for found in self.compare(rows, examines=False) if found.is_stale]
 
@@ -350,19 +315,12 @@ class Selection:
 
         One LIST each, and with ``examines`` one GET of the array's metadata and one of the store's
         attributes.
-
-        Raises
-        ------
-        OriginError
-            The origin cannot be listed.
         """
-        candidates = []
-        for row in rows:
-            if row.kind == ARRAY:
-                store = self.store_of(row)
-                if store is not None:
-                    candidates.append((row, *store))
-
+        candidates = [
+            (row, *store)
+            for row in rows
+            if row.kind == ARRAY and (store := self.store_of(row)) is not None
+        ]
         with closing(
             concurrently(lambda one: self._compare(*one, examines=examines), candidates)
         ) as answers:
@@ -395,13 +353,7 @@ class Selection:
         return Compared(row, is_stale, lacks, electrons, volume)
 
     def density_of(self, row: Row) -> NDArray[np.float32]:
-        """The density of an entry, read from the origin past the cache, absent chunks filled.
-
-        Raises
-        ------
-        OriginError, SchemaError, IncompleteArrayError
-            It cannot be read.
-        """
+        """The density of an entry, read from the origin past the cache, absent chunks filled."""
         found, header = self.store_of(row), stored_header(self.index, row.digest)
         if found is None or header is None:
             raise SchemaError(f"{row.note} is not a density of this config any more.")

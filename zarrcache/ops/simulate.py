@@ -29,39 +29,24 @@ _Run = Callable[[Indices], NDArray[np.bool_]]
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """One epoch of one node.
-
-    Attributes
-    ----------
-    reads, hits : int
-    missed : ndarray of int64
-        Densities read from the origin, in order.
-    """
+    """One epoch of one node."""
 
     reads: int
     hits: int
+    #: Densities read from the origin, in order.
     missed: Indices
 
 
 def simulate(
     epochs: Sequence[Indices], sizes: Sequence[int], capacity: int, policy: Policy
 ) -> list[Epoch]:
-    """Simulate consecutive epochs through a cache that is empty at first.
+    """Simulate consecutive epochs through a cache of ``capacity`` bytes that is empty at first.
 
-    Parameters
-    ----------
-    epochs : sequence of ndarray
-        Reads of each epoch, as positions in ``sizes``.
-    sizes : sequence of int
-        Bytes on disk of each density.
-    capacity : int
-        Bytes of the cache.
-    policy : {"none", "least-recently-stored", "least-recently-used", "belady"}
-        ``none`` admits until the cache is full. ``belady`` knows all of ``epochs``: it evicts the
-        entry whose next use is furthest away, and does not admit a density whose next use is
-        further away than those of all entries (L. A. Belady, IBM Systems Journal 5, 78 (1966));
-        sizes are not weighed. ``least-recently-used`` is for comparison; the cache does not offer
-        it.
+    The reads of each epoch are positions in ``sizes``, the bytes on disk of each density.
+    ``none`` admits until the cache is full. ``belady`` knows all epochs: it evicts the entry whose
+    next use is furthest away, and does not admit a density whose next use is further away than
+    those of all entries (L. A. Belady, IBM Systems Journal 5, 78 (1966)); sizes are not weighed.
+    ``least-recently-used`` is for comparison; the cache does not offer it.
     """
     if policy not in POLICIES:
         raise ConfigError(

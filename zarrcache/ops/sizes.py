@@ -47,43 +47,28 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class DensitySize:
-    """Requests and sizes of one density.
+    """Requests and sizes of one density."""
 
-    Attributes
-    ----------
-    lists, gets : int
-        Requests of a cold read. The HEAD of a zipped store counts as a GET, as in the bill.
-    stored_bytes : int
-        Size at the origin.
-    disk_bytes : int
-        Size of its array tier entry, with its header, in whole file system blocks.
-    """
-
+    #: Requests of a cold read. The HEAD of a zipped store counts as a GET, as in the bill.
     lists: int
     gets: int
+    #: At the origin.
     stored_bytes: int
+    #: Of its array tier entry, with its header, in whole file system blocks.
     disk_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Speed of cold reads from this machine at this time.
+    """Speed of cold reads from this machine at this time."""
 
-    Attributes
-    ----------
-    latency_s : float
-        Median of a LIST of one small prefix.
-    density_s : float
-        Median of one density, fetched and decoded by one process.
-    bytes_per_s : float
-        Stored bytes of the densities over the seconds they took.
-    densities : int
-        Number of densities read.
-    """
-
+    #: Median of a LIST of one small prefix.
     latency_s: float
+    #: Median of one density, fetched and decoded by one process.
     density_s: float
+    #: Stored bytes of the densities over the seconds they took.
     bytes_per_s: float
+    #: Number of densities read.
     densities: int
 
 
@@ -123,11 +108,6 @@ def measure_size(
     One that the material lacks, and that is filled with zeros, has no size. A zipped store and a
     file are fetched whole. With the encoding ``bits:N`` ``disk_bytes`` is an estimate by
     ``compression``, the result of :func:`measure_compression`, or with 1.0 an upper bound.
-
-    Raises
-    ------
-    OriginError, SchemaError, IncompleteArrayError
-        The density cannot be read.
     """
     origin, store = reader.origin(role), reader.store_name(task_id, role)
     try:

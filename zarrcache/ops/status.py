@@ -28,16 +28,7 @@ class Tier:
 
 @dataclass(frozen=True, slots=True)
 class Unused:
-    """Cached densities of a config's materials that it does not read.
-
-    Attributes
-    ----------
-    array : str
-        Its name in the store.
-    units : {"cell", "points", "volume"}
-    encoding : str
-    densities : int
-    """
+    """Number of cached densities of a config's materials that it does not read, of one kind."""
 
     array: str
     units: Units
@@ -47,43 +38,29 @@ class Unused:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """The part of a config that is in the array tier.
-
-    Attributes
-    ----------
-    functional : str
-    ids : int
-        Task ids of the functional in the map.
-    missing : int
-        Ids among them that the origin did not have when it was last listed; 0 if never listed.
-    warm, half : int
-        Ids with all densities cached, and with some of them. With ``missing: zero`` a channel that
-        the origin lacks counts as cached.
-    nbytes : int
-        Bytes on disk of these densities.
-    is_listed : bool
-        Listings of both directories are stored, so that training starts without the origin.
-    unused : tuple of Unused
-        Densities of these ids in other units or encodings, or of other channels.
-    several_sources : tuple of str
-        A sentence on each directory in which ids have several sources, if ``source`` is ``auto``.
-    dropped : int
-        Ids that the split leaves out, because they are known to lack a channel (``missing: drop``).
-    to_encode : int
-        Warm ids of which an entry is still in float32, although ``cache.arrays.encoding`` names
-        another encoding. The next read, or ``zarrcache warm``, encodes it without a request.
-    """
+    """The part of a config that is in the array tier. Numbers are of task ids."""
 
     functional: str
+    #: Of the functional in the map.
     ids: int
+    #: Those among them that the origin did not have when it was last listed; 0 if never listed.
     missing: int
+    #: With all densities cached, and with some of them. With ``missing: zero`` a channel that the
+    #: origin lacks counts as cached.
     warm: int
     half: int
+    #: Bytes on disk of these densities.
     nbytes: int
+    #: Listings of both directories are stored, so that training starts without the origin.
     is_listed: bool
+    #: Warm, with an entry that is still in float32 although ``cache.arrays.encoding`` is another.
+    #: The next read, or ``zarrcache warm``, encodes it without a request.
     to_encode: int = 0
+    #: Left out by the split, because they are known to lack a channel (``missing: drop``).
     dropped: int = 0
+    #: Densities of these ids in other units or encodings, or of other channels.
     unused: tuple[Unused, ...] = ()
+    #: A sentence on each directory in which ids have several sources, if ``source`` is ``auto``.
     several_sources: tuple[str, ...] = ()
 
     @property
@@ -104,52 +81,31 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """State of a cache.
-
-    Attributes
-    ----------
-    directory : Path
-    exists : bool
-    array_tier, byte_tier : Tier
-    listings : int
-        Entries of the array tier that are stored listings; the others are densities.
-    volume_bytes : int
-        Size of both tiers, including files that are being written or deleted.
-    limit_bytes, min_free_bytes : int or None
-        As configured; None if only the directory is known.
-    free_bytes, disk_bytes : int
-        Free and total bytes of the file system.
-    coverage : Coverage or None
-        None without a training config.
-    """
+    """State of a cache."""
 
     directory: Path
     exists: bool
     array_tier: Tier
     byte_tier: Tier
+    #: Entries of the array tier that are stored listings; the others are densities.
     listings: int
+    #: Of both tiers, including files that are being written or deleted.
     volume_bytes: int
+    #: As configured; None if only the directory is known.
     limit_bytes: int | None
     min_free_bytes: int | None
+    #: Of the file system: free, and all.
     free_bytes: int
     disk_bytes: int
+    #: None without a training config.
     coverage: Coverage | None
 
 
 def read_status(config: DataConfig | CacheConfig, *, has_settings: bool = True) -> Status:
     """Read the state of a cache. Sends no request and creates no directory.
 
-    Parameters
-    ----------
-    config : DataConfig or CacheConfig
-    has_settings : bool
-        False if only the directory is known, so that the limits in ``config`` are mere defaults.
-
-    Raises
-    ------
-    ConfigError
-        There is no cache block, the cache directory cannot be used, or the map file cannot be
-        read.
+    Without ``has_settings`` only the directory is known, and the limits in ``config`` are mere
+    defaults.
     """
     cache = cache_of(config)
     selection, index = select(config)

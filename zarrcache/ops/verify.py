@@ -185,11 +185,7 @@ def verify(
 class _Findings:
     """What is wrong with the entries of a cache. Attributes as those of `VerifyReport`.
 
-    Parameters
-    ----------
-    index : Index
-    fills : bool
-        Absent chunks are not a flaw (``cache.missing_chunks: fill``).
+    With ``fills`` absent chunks are not a flaw (``cache.missing_chunks: fill``).
     """
 
     def __init__(self, index: Index, *, fills: bool) -> None:

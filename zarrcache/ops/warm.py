@@ -525,12 +525,8 @@ def _compare(
 ) -> tuple[WarmResult, int, int]:
     """Compare one density with the origin, by one LIST.
 
-    Returns
-    -------
-    result : WarmResult
-        ``hit`` if it is fresh, else ``bypass``, or ``failed``.
-    gets, nbytes : int
-        To fetch; 0 if it is fresh.
+    The result is ``hit`` if it is fresh, else ``bypass``, or ``failed``; then the number of objects
+    and bytes to fetch.
     """
     try:
         listed = reader.listing(task_id, role, array)

@@ -154,22 +154,8 @@ _UNTRIED, _HIT, _MISS, _BYPASS, _FAILED, _ABSENT = range(6)
 class Tally:
     """Outcome and size of each density of a plan, in nine bytes: there may be 400,000.
 
-    Parameters
-    ----------
-    reader : ZarrS3Reader
-    task_ids, channels
-        Of the plan: a density for each id and channel.
-    untried, absent : iterable of (task_id, role, array)
-        Those to fetch, and those that the origin lacks. The others are warm.
-    stored : mapping
-        Bytes on disk of those that are warm, by channel and task id.
-
-    Attributes
-    ----------
-    nbytes : int
-        Decoded bytes that are warm.
-    found : dict
-        Which channels ids lack (True), as the origin has shown.
+    A plan has a density for each id and channel. Those that are neither ``untried`` nor ``absent``
+    at the origin are warm, with the bytes on disk in ``stored``, by channel and task id.
     """
 
     def __init__(
@@ -192,6 +178,7 @@ class Tally:
         for outcome, densities in ((_UNTRIED, untried), (_ABSENT, absent)):
             for task_id, *channel in densities:
                 self._outcomes[self._row[task_id], self._column[tuple(channel)]] = outcome
+        #: Which channels ids lack (True), as the origin has shown.
         self.found: dict[Channel, dict[str, bool]] = {}
         header_bytes = BLOCK_BYTES if encoding == FLOAT32 else 0
         payload = np.maximum(self._on_disk(stored) - header_bytes, 0)
@@ -201,6 +188,7 @@ class Tally:
         self._failed: dict[tuple[int, int], WarmResult] = {}
         self._is_read = np.zeros(self._outcomes.shape, np.bool_)
         self._flawed: dict[tuple[int, int], WarmResult] = {}
+        #: Decoded bytes that are warm.
         self.nbytes = int(self._nbytes.sum())
 
     @property
