@@ -314,7 +314,7 @@ def test_an_unusable_cache_directory_is_exit_2(config: Path, tmp_path: Path) -> 
 
 
 def test_a_config_without_cache_block_is_exit_2(tmp_path: Path) -> None:
-    """A misspelt key is named; --debug prints the traceback."""
+    """A misspelt key is named; --verbose prints the traceback."""
     write_pairs(tmp_path, 1)
     path = write_config(tmp_path)
     text = path.read_text()
@@ -323,7 +323,7 @@ def test_a_config_without_cache_block_is_exit_2(tmp_path: Path) -> None:
     assert done.code == 2
     assert f"error: {path} has no cache block. Add one (`zarrcache init` writes" in done.err
     path.write_text(text.replace("limit:", "limt:"))
-    done = zarrcache("--debug", "warm", path)
+    done = zarrcache("warm", path, "--verbose")
     assert done.code == 2
     assert "error: cache.limt is not a setting. Did you mean 'limit'?" in done.err
     assert "Traceback" in done.err

@@ -128,12 +128,8 @@ def _options(
             "--version", callback=_version, help="print the version and exit", is_eager=True
         ),
     ] = False,
-    debug: Annotated[
-        bool,
-        typer.Option("--debug", help="as --verbose, from before the command starts"),
-    ] = False,
 ) -> None:
-    _log.setLevel(logging.DEBUG if debug else logging.WARNING)
+    _log.setLevel(logging.WARNING)
     logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()], format="%(message)s")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from zarrcache.cli.app import command, say, show
-from zarrcache.cli.options import unwritable, write_output
+from zarrcache.cli.options import write_output
 from zarrcache.errors import ConfigError
 
 __all__ = ["init", "schema"]
@@ -19,13 +20,6 @@ __all__ = ["init", "schema"]
 
 def _answer(name: str, help: str) -> Any:
     return typer.Option(name, metavar="TEXT", help=help, show_default=False)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError as exc:  # no permission to look, a name that is too long
-        raise unwritable(path, exc) from exc
 
 
 @command(resumable=False)
@@ -60,7 +54,7 @@ def init(
     from zarrcache.config import DataConfig
     from zarrcache.ops import filled_in, key_comments, sample
 
-    if _exists(path) and not force:
+    if os.path.exists(path) and not force:
         raise ConfigError(f"{path} exists. Give another name, or --force to replace it.")
     text = sample()
     values = {

@@ -61,14 +61,16 @@ def top(
 
 
 def _keep(path: Path, monitor: Monitor, interval_s: float, *, once: bool) -> None:
-    from zarrcache.ops import write_metrics
+    from zarrcache.disk import write_file
+    from zarrcache.ops import exposition
 
     if path.suffix != ".prom":
         raise ConfigError(f"{path} does not end in .prom, without which node_exporter ignores it.")
-    write_metrics(path, monitor)
+    # node_exporter never sees half of the file.
+    write_file(path, exposition(monitor))
     while not once:
         time.sleep(interval_s)
-        write_metrics(path, monitor)
+        write_file(path, exposition(monitor))
 
 
 def _watch(monitor: Monitor, interval_s: float, *, once: bool, as_json: bool) -> None:

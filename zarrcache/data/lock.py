@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gzip
 import hashlib
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from zarrcache._keys import safe_repr
 from zarrcache.data.splits import Split
-from zarrcache.disk import crc32c
+from zarrcache.disk import crc32c, write_file
 from zarrcache.errors import ConfigError, IncompleteArrayError
 
 __all__ = ["DataLock", "LockFile", "LockedDensity", "crc_of", "differences", "digest_of"]
@@ -90,17 +89,7 @@ class DataLock:
         content = text.encode()
         if os.fspath(path).endswith(".gz"):
             content = gzip.compress(content, mtime=0)  # the same data gives the same file
-        beside = Path(f"{os.fspath(path)}.{os.getpid()}.partial")
-        try:
-            beside.write_bytes(content)
-            beside.replace(path)
-        except OSError as exc:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-            raise ConfigError(
-                f"lock file {os.fspath(path)} cannot be written ({exc.strerror}). Give a file in a "
-                "directory that exists and has room."
-            ) from exc
+        write_file(Path(path), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> DataLock:

@@ -9,6 +9,7 @@ from zarrcache.disk._publish import (
     remove_hidden,
     sweep_hidden,
     write_all,
+    write_file,
 )
 from zarrcache.disk.checksums import crc32c
 from zarrcache.disk.directory import CacheDir, open_entries
@@ -121,5 +122,6 @@ __all__ = [
     "use_converter",
     "write_all",
     "write_entry",
+    "write_file",
     "written_stamp",
 ]

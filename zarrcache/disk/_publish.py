@@ -23,7 +23,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal
 
-from zarrcache.errors import IncompleteArrayError
+from zarrcache.errors import ConfigError, IncompleteArrayError
 
 __all__ = [
     "hidden_path",
@@ -38,6 +38,7 @@ __all__ = [
     "remove_hidden",
     "sweep_hidden",
     "write_all",
+    "write_file",
 ]
 
 _HIDDEN = re.compile(
@@ -127,6 +128,21 @@ def write_all(file: FileIO, buffer: memoryview) -> None:
     """Write a whole buffer to an unbuffered file (Linux writes at most 2 GiB per call)."""
     while buffer.nbytes:
         buffer = buffer[file.write(buffer) :]
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of the user's, completely or not at all, or say why it cannot be written."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise ConfigError(
+            f"{path} cannot be written ({exc.strerror}). Give a file in a directory that exists, "
+            "that you may write to, and that has room."
+        ) from exc
 
 
 # -- hidden files

@@ -23,7 +23,6 @@ from .maps import FoundIds as FoundIds
 from .maps import find_ids as find_ids
 from .maps import write_map as write_map
 from .metrics import exposition as exposition
-from .metrics import write_metrics as write_metrics
 from .pages import audit_page as audit_page
 from .report import report_page as report_page
 from .runs import RecordedRun as RecordedRun

@@ -136,7 +136,8 @@ def plan_evict(
     if older_than_s is not None:
         rows = [row for row in rows if time.time() - row.stored_s >= older_than_s]
     if stale and selection is not None:
-        changed = {selection.store_of(row) for row in selection.stale(rows)}
+        compared = selection.compare(rows, examines=False)
+        changed = {selection.store_of(one.row) for one in compared if one.is_stale}
         rows = [row for row in rows if selection.store_of(row) in changed]
     if target_bytes is not None:
         sizes = ((row.digest, row.size_bytes) for row in rows)

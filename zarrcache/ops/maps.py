@@ -16,6 +16,7 @@ from zarrcache._keys import check_task_id
 from zarrcache._units import counted
 from zarrcache.arrays import choose, ends_of, kinds_of, sources_of
 from zarrcache.data import read_map
+from zarrcache.disk import write_file
 from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import open_origin
 
@@ -95,10 +96,8 @@ def write_map(path: Path, functional: str, ids: Sequence[str], *, force: bool = 
     """
     if not functional.strip():
         raise ConfigError("the name of the functional is empty. Give one, for example GGA.")
-    try:
-        document: dict[str, Sequence[str]] = dict(read_map(path)) if path.exists() else {}
-    except OSError as exc:  # no permission to look, a name that is too long
-        raise _not_written(path, exc) from exc
+    # os.path.exists: a name that is too long is an error when it is written.
+    document: dict[str, Sequence[str]] = dict(read_map(path)) if os.path.exists(path) else {}
     if functional in document and not force:
         raise ConfigError(
             f"{path} has {counted(len(document[functional]), 'id')} of {functional}. Give --force "
@@ -109,20 +108,7 @@ def write_map(path: Path, functional: str, ids: Sequence[str], *, force: bool = 
     raw = json.dumps(document).encode()
     if path.suffix == ".gz":
         raw = gzip.compress(raw, mtime=0)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(raw)
-        partial.replace(path)
-    except OSError as exc:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise _not_written(path, exc) from exc
+    write_file(path, raw)
     return kept
-
-
-def _not_written(path: Path, exc: OSError) -> ConfigError:
-    return ConfigError(
-        f"{path} cannot be written ({exc.strerror}). Give a file in a directory that you may "
-        "write to."
-    )

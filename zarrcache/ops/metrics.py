@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zarrcache.errors import ConfigError
@@ -15,7 +13,7 @@ from zarrcache.stats import Stats
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-__all__ = ["METRICS", "exposition", "write_metrics"]
+__all__ = ["METRICS", "exposition"]
 
 #: What each counter of `Stats` is, by the name of its metric.
 METRICS = {
@@ -49,21 +47,6 @@ def exposition(monitor: Monitor) -> bytes:
     registry = CollectorRegistry()
     registry.register(_Collector(monitor))
     return generate_latest(registry)
-
-
-def write_metrics(path: Path, monitor: Monitor) -> None:
-    """Replace a file of node_exporter's textfile collector, which never sees half of it."""
-    content = exposition(monitor)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")  # its name does not end with .prom
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except OSError as exc:
-        beside.unlink(missing_ok=True)
-        raise ConfigError(
-            f"metrics file {path} cannot be written ({exc.strerror}). Give a file in a directory "
-            "that exists."
-        ) from exc
 
 
 class _Collector:

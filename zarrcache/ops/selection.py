@@ -146,6 +146,7 @@ class Compared(NamedTuple):
     """An entry of the array tier, and what the origin says about its density now."""
 
     row: Row
+    #: It is of another version, or the origin no longer has the store.
     is_stale: bool
     #: Which chunks the origin lacks; empty if it has all, or was not examined.
     lacks: str = ""
@@ -302,13 +303,6 @@ class Selection:
         endpoint, url = origin_and_url(row)
         root = url.partition(PACK)[0].removesuffix(CONTENTS)
         return row.kind == LISTING and (endpoint, root) in self._roots
-
-    def stale(self, rows: Sequence[Row]) -> list[Row]:
-        """Entries of the array tier, among ``rows``, that differ from the origin's version.
-
-        One LIST each. A store that the origin no longer has is stale.
-        """
-        return [found.row for found in self.compare(rows, examines=False) if found.is_stale]
 
     def compare(self, rows: Sequence[Row], *, examines: bool) -> list[Compared]:
         """Compare entries of the array tier, among ``rows``, with the origin.

@@ -138,11 +138,6 @@ class WarmPlan:
         return len(self.task_ids) * len(self.channels) - known
 
     @property
-    def roles(self) -> tuple[Role, ...]:
-        """``("data",)`` if input and label are the same directory."""
-        return self.reader.roles
-
-    @property
     def threads(self) -> int:
         """Densities in flight per process."""
         is_long = len(self.densities) > DENSITIES_PER_WORKER * self.workers

@@ -188,7 +188,7 @@ def test_one_directory_for_input_and_label_is_listed_and_counted_once(
 ) -> None:
     same = config.model_copy(update={"label_dir": config.data_dir})
     plan = plan_warm(same)
-    assert plan.roles == ("data",)
+    assert plan.reader.roles == ("data",)
     report = plan.execute()
     assert (
         report.warm,
