@@ -6,13 +6,13 @@ Each training process appends one JSON line per epoch to a file of its own in
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from zarrcache.config import CacheConfig
 from zarrcache.disk import CacheDir, open_regular
@@ -26,7 +26,48 @@ __all__ = ["RecordedRun", "RecordedRuns", "read_runs"]
 _MOST_BYTES = 16 * 1024**2
 #: Parts that every version has recorded.
 _PARTS = {"hit", "miss", "bypass", "augment", "transform", "collate"}
-_COUNTERS = {field.name for field in fields(Stats)}
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Seconds = Annotated[float, Field(ge=0, le=1e12)]
+
+
+class _Line(BaseModel):
+    """One line of a file: an epoch as `EpochTimes` has it, and more."""
+
+    model_config = ConfigDict(strict=True)
+
+    epoch: _Count
+    steps: _Count
+    waited_s: _Seconds
+    worked_s: _Seconds
+    start_s: _Seconds
+    parts: dict[str, _Seconds]
+    disk_bytes: _Count
+    stats: dict[str, Annotated[int, Field(gt=-(2**63), lt=2**63)]]
+    waits: dict[str, _Seconds] = {}
+    is_full: bool = False
+    workers: _Count
+    #: Before the year 10000, where dates end.
+    ended_s: Annotated[float, Field(ge=0, lt=253402300800)]
+
+    @field_validator("parts")
+    @classmethod
+    def _has_all(cls, value: dict[str, float]) -> dict[str, float]:
+        if not value.keys() >= _PARTS:
+            raise ValueError("parts are missing")
+        return value
+
+    @property
+    def times(self) -> EpochTimes:
+        """The epoch. Counters of later versions are ignored."""
+        own = self.model_dump(exclude={"stats", "workers", "ended_s"})
+        # A gauge may fall; what is counted cannot.
+        counted = {
+            field.name: n if field.name == "ahead_bytes" else max(0, n)
+            for field in fields(Stats)
+            if (n := self.stats.get(field.name)) is not None
+        }
+        return EpochTimes(**own, stats=Stats(**counted))
 
 
 @dataclass(frozen=True)
@@ -114,12 +155,13 @@ def _read_run(path: Path, cache: CacheConfig) -> tuple[RecordedRun | None, str]:
     epochs, ended_s, workers, damaged = [], [], 0, []
     for number, line in enumerate(lines, start=1):
         try:
-            times, ended, workers = _parse(json.loads(line))
-        except (ValueError, TypeError, KeyError, RecursionError):
+            epoch = _Line.model_validate_json(line)
+        except ValidationError:
             damaged.append(str(number))
             continue
-        epochs.append(times)
-        ended_s.append(ended)
+        epochs.append(epoch.times)
+        ended_s.append(epoch.ended_s)
+        workers = epoch.workers
     note = ""
     if damaged:
         which = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
@@ -132,53 +174,6 @@ def _read_run(path: Path, cache: CacheConfig) -> tuple[RecordedRun | None, str]:
         return None, note
     run = RecordedRun(tuple(epochs), tuple(ended_s), workers, cache.verify, cache.revalidate)
     return run, note
-
-
-def _parse(line: Any) -> tuple[EpochTimes, float, int]:
-    """An epoch, when it ended, and the workers. Counters of later versions are ignored."""
-    stats = {name: _whole(n, signed=True) for name, n in line["stats"].items() if name in _COUNTERS}
-    times = EpochTimes(
-        epoch=_whole(line["epoch"]),
-        steps=_whole(line["steps"]),
-        waited_s=_seconds(line["waited_s"]),
-        worked_s=_seconds(line["worked_s"]),
-        start_s=_seconds(line["start_s"]),
-        parts=_by_name(line["parts"], _PARTS),
-        disk_bytes=_whole(line["disk_bytes"]),
-        # A gauge may fall; what is counted cannot.
-        stats=Stats(
-            **{name: n if name == "ahead_bytes" else max(0, n) for name, n in stats.items()}
-        ),
-        waits=_by_name(line.get("waits", {}), set()),
-        is_full=line.get("is_full") is True,
-    )
-    ended_s = _seconds(line["ended_s"])
-    if ended_s > 253402300799:  # the year 9999, where dates end
-        raise ValueError(ended_s)
-    return times, ended_s, _whole(line["workers"])
-
-
-def _by_name(value: Any, needed: set[str]) -> dict[str, float]:
-    """Seconds by name, with at least the ``needed`` ones."""
-    if not isinstance(value, dict) or not needed <= value.keys():
-        raise ValueError(value)
-    return {name: _seconds(seconds) for name, seconds in value.items()}
-
-
-def _whole(value: Any, *, signed: bool = False) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or (value < 0 and not signed):
-        raise ValueError(value)
-    if abs(value) >= 2**63:
-        raise ValueError(value)
-    return value
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(value)
-    if not math.isfinite(value) or value < 0 or value > 1e12:
-        raise ValueError(value)
-    return float(value)
 
 
 def _sum(epochs: Iterable[EpochTimes]) -> EpochTimes:
