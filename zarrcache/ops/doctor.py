@@ -201,40 +201,30 @@ def _cache(cache: CacheConfig) -> Iterator[Finding]:
 
 def _permissions(directory: CacheDir) -> Finding:
     mode = directory.root.stat().st_mode & 0o7777
-    found = f"mode {mode:04o}, shared: {str(directory.shared).lower()}"
-    if not directory.shared and mode & 0o077:
-        return Finding(
-            "permissions",
-            "warn",
-            f"{found}; other users can read it",
-            f"Run chmod 700 {directory.root}, or set cache.shared: true.",
-        )
     modes = [
         path.stat().st_mode
         for path in (directory.root, directory.entries, directory.bytes, directory.locks)
     ]
-    if directory.shared and (
+    problem = ""
+    if not directory.shared and mode & 0o077:
+        problem = "other users can read it"
+        advice = f"Run chmod 700 {directory.root}, or set cache.shared: true."
+    elif directory.shared and (
         any(m & 0o2070 != 0o2070 for m in modes) or directory.index.stat().st_mode & 0o060 != 0o060
     ):
         is_open = directory.parent.stat().st_mode & 0o070 == 0o070
         where = directory.root if is_open else directory.parent
-        command = (
-            f"chgrp -R GROUP {where} && chmod -R g+rwX,o-rwx {where} && find {where} -type d "
-            "-exec chmod g+s {} +"
+        problem = "parts of it are not writable by the group"
+        advice = (
+            f"Ask its owner to run `chgrp -R GROUP {where} && chmod -R g+rwX,o-rwx {where} && find "
+            f"{where} -type d -exec chmod g+s {{}} +`."
         )
-        return Finding(
-            "permissions",
-            "warn",
-            f"{found}; parts of it are not writable by the group",
-            f"Ask its owner to run `{command}`.",
-        )
-    if directory.shared and mode & 0o002:
-        return Finding(
-            "permissions",
-            "warn",
-            f"{found}; every user can write to it",
-            f"Ask its owner to run chmod -R o-rwx {directory.root}.",
-        )
+    elif directory.shared and mode & 0o002:
+        problem = "every user can write to it"
+        advice = f"Ask its owner to run chmod -R o-rwx {directory.root}."
+    found = f"mode {mode:04o}, shared: {str(directory.shared).lower()}"
+    if problem:
+        return Finding("permissions", "warn", f"{found}; {problem}", advice)
     return Finding("permissions", "ok", found)
 
 
@@ -339,41 +329,84 @@ def _mmap(own: Path) -> Finding:
     return Finding("mmap", "ok", "an entry can be written, mapped and read")
 
 
-def _electrons(
-    role: Role, origin: Origin, store: str, array: str, listed: list[ObjectInfo]
-) -> Finding:
-    """Read a density whose store states its number of electrons."""
-    name = f"electrons of {role}"
+def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Finding]:
+    """List one store of these ids and read one object of it."""
+    url = config.data_dir if role == "data" else config.label_dir
     try:
-        read_array(OriginArray(origin, store, array, fills=True), listed=listed)
-    except IncompleteArrayError as exc:
-        return Finding(name, "fail", str(exc))
-    return Finding(name, "ok", f"{store} {array} holds the number that its metadata states")
+        kinds = kinds_of(config.source)
+        fetch = config.cache.fetch if config.cache is not None else FetchConfig()
+        # Two attempts: a quick answer is worth more here than a third attempt.
+        origin = open_origin(
+            url, s3_kwargs=config.s3_kwargs, fetch=fetch, retry=RetryConfig(attempts=2)
+        )
+        for store in (name for task_id in ids for name in names_of(task_id, kinds)):
+            try:
+                yield from _store(config, role, origin, store)
+                return
+            except OriginNotFoundError:
+                continue
+        # Raises if the directory or the bucket does not exist. A prefix of a bucket cannot be
+        # missing, only empty.
+        stores = sorted(choose(sources_of(origin.list_names()), kinds).values())
+    except ZarrCacheError as exc:
+        yield Finding(f"{role} at {url}", "fail", str(exc))
+        return
+    if not ids:
+        found = f"the map {config.map_dir} has no ids for {config.functional}"
+    elif not stores:
+        found = (
+            "it answers, but holds no store (a name that ends in .zarr, .zarr.zip, .json.gz or "
+            ".CHGCAR)"
+        )
+    else:
+        found = (
+            f"it answers and holds {counted(len(stores), 'store')} ({stores[0]}), but none of the "
+            f"first ids of the map: {', '.join(ids)}"
+        )
+    verdict: Verdict = "warn" if ids and stores else "fail"
+    advice = f"Check {role}_dir, map_dir and functional."
+    yield Finding(f"{role} at {origin.url}", verdict, found, advice)
+
+
+def _store(config: DataConfig, role: Role, origin: Origin, store: str) -> Iterator[Finding]:
+    """List the arrays of a store, and read an object of each."""
+    for array in arrays_of(config.density_type)[role]:
+        start_s = time.perf_counter()
+        what = OriginArray(origin, store, array)
+        try:
+            listed = list_array(what)
+            yield from _array(config, role, what, listed, start_s)
+        except ArrayNotFoundError as exc:  # of a zipped store when it is read
+            verdict: Verdict = "fail" if config.missing == "error" else "ok"
+            yield Finding(f"{role} at {origin.url}", verdict, str(exc))
+            continue
+        if is_unconverted(store):
+            break  # one object for all; what is in it shows when it is decoded
 
 
 def _array(
-    config: DataConfig,
-    role: Role,
-    origin: Origin,
-    store: str,
-    array: str,
-    listed: list[ObjectInfo],
-    start_s: float,
+    config: DataConfig, role: Role, what: OriginArray, listed: list[ObjectInfo], start_s: float
 ) -> Iterator[Finding]:
     """Read one object of an array, and examine the array."""
-    units = units_of(config.normalize_data)
-    name = f"{role} at {origin.url}"
+    origin, store, array = what.origin, what.store, what.array
     ((_, body),) = origin.fetch([min(listed, key=lambda obj: obj.size_bytes)])
     took_ms = 1000 * (time.perf_counter() - start_s)
     found = (
-        f"{store} lists {len(listed)} object{'s' * (len(listed) != 1)}; one of "
-        f"{memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in total)"
+        f"{store} lists {counted(len(listed), 'object')}; one of {memoryview(body).nbytes} bytes "
+        f"was read ({took_ms:.0f} ms in total)"
     )
-    yield Finding(name, "ok", found)
-    examined = examine_array(OriginArray(origin, store, array), listed)
+    yield Finding(f"{role} at {origin.url}", "ok", found)
+    examined = examine_array(what, listed)
     if examined.electrons(array) is not None:
-        yield _electrons(role, origin, store, array, listed)
-    if units == "volume" and is_density(array) and not is_unconverted(store):
+        name = f"electrons of {role}"
+        try:
+            read_array(OriginArray(origin, store, array, fills=True), listed=listed)
+            found = f"{store} {array} holds the number that its metadata states"
+            yield Finding(name, "ok", found)
+        except IncompleteArrayError as exc:
+            yield Finding(name, "fail", str(exc))
+    is_per_volume = units_of(config.normalize_data) == "volume" and is_density(array)
+    if is_per_volume and not is_unconverted(store):
         volume = cell_volume(examined.attributes, origin.url_of(store))
         found = f"{store} has a cell of {volume:.6g} cubic angstrom"
         yield Finding(f"volume of {role}", "ok", found)
@@ -389,69 +422,10 @@ def _array(
         )
     ahead_s = max(obj.modified_s for obj in listed) - time.time()
     if ahead_s > _SKEW_S:
-        advice = (
-            "Set this node's clock (chronyc tracking shows it); S3 refuses requests "
-            "that are 15 minutes off."
-        )
         yield Finding(
             f"clock against {role}",
             "warn",
             f"{store} was written {ahead_s:.0f} s in the future",
-            advice,
-        )
-
-
-def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Finding]:
-    """List one store of these ids and read one object of it."""
-    try:
-        url = config.data_dir if role == "data" else config.label_dir
-        fetch = config.cache.fetch if config.cache is not None else FetchConfig()
-        # Two attempts: a quick answer is worth more here than a third attempt.
-        origin = open_origin(
-            url, s3_kwargs=config.s3_kwargs, fetch=fetch, retry=RetryConfig(attempts=2)
-        )
-        name = f"{role} at {origin.url}"
-        start_s = time.perf_counter()
-        for task_id in ids:
-            for store in names_of(task_id, kinds_of(config.source)):
-                is_there = False
-                for array in arrays_of(config.density_type)[role]:
-                    try:
-                        listed = list_array(OriginArray(origin, store, array))
-                        is_there = True
-                        yield from _array(config, role, origin, store, array, listed, start_s)
-                    except OriginNotFoundError:
-                        if not is_there:
-                            break
-                        raise
-                    except ArrayNotFoundError as exc:  # of a zipped store when it is read
-                        verdict: Verdict = "fail" if config.missing == "error" else "ok"
-                        yield Finding(name, verdict, str(exc))
-                        is_there = True
-                        continue
-                    if is_unconverted(store):
-                        break  # one object for all; what is in it shows when it is decoded
-                if not is_there:
-                    continue
-                return
-        # Raises if the directory or the bucket does not exist. A prefix of a bucket cannot be
-        # missing, only empty.
-        stores = sorted(choose(sources_of(origin.list_names()), kinds_of(config.source)).values())
-        advice = f"Check {role}_dir, map_dir and functional."
-        if not ids:
-            found = f"the map {config.map_dir} has no ids for {config.functional}"
-        elif not stores:
-            found = (
-                "it answers, but holds no store (a name that ends in .zarr, .zarr.zip, .json.gz "
-                "or .CHGCAR)"
-            )
-        else:
-            found = (
-                f"it answers and holds {counted(len(stores), 'store')} ({stores[0]}), but none of "
-                f"the first ids of the map: {', '.join(ids)}"
-            )
-        yield Finding(name, "warn" if ids and stores else "fail", found, advice)
-    except ZarrCacheError as exc:
-        yield Finding(
-            f"{role} at {config.data_dir if role == 'data' else config.label_dir}", "fail", str(exc)
+            "Set this node's clock (chronyc tracking shows it); S3 refuses requests that are 15 "
+            "minutes off.",
         )
