@@ -231,7 +231,9 @@ class _Findings:
             self._drop(row)
             self.stale.append(_problem(row, "the origin has another version"))
         else:
-            electrons = None if checked.mean is None else checked.mean.electrons(volume)
+            electrons = checked.mean
+            if electrons is not None and checked.units == "volume":
+                electrons = None if volume is None else electrons * volume
             why = disagreement(electrons, stated, checked.relative_error)
             if why:
                 self.flawed.append(_problem(row, why))
@@ -276,26 +278,14 @@ def _exceeds(selection: Selection, row: Row) -> str:
     return f"it differs from the origin by more than the error bound of {stored_as.encoding}"
 
 
-class _Mean(NamedTuple):
-    """The mean of an entry, times the points if the entry is per point."""
-
-    value: float
-    units: Units
-
-    def electrons(self, volume: float | None) -> float | None:
-        """The electrons in a cell of this volume; None if it is needed and unknown."""
-        if self.units != "volume":
-            return self.value
-        return None if volume is None else self.value * volume
-
-
 class _Checked(NamedTuple):
-    """The flaws of a density, the mean of its values if it holds electrons, and the relative error
-    of its encoding.
-    """
+    """What an intact entry holds."""
 
     flaws: Flaws
-    mean: _Mean | None = None
+    #: The mean of its values, times the points if it is per point; None if it holds no electrons.
+    mean: float | None = None
+    units: Units = "cell"
+    #: Of its encoding.
     relative_error: float = 0.0
 
 
@@ -314,9 +304,8 @@ def _check(row: Row, path: Path) -> _Checked:
         flaws = Flaws(entry.header.flaws.missing_chunks, count_nonfinite(entry.array))
         stored_as, mean = entry.header.stored_as, None
         if has_electrons(key.source_array) and entry.array.size:
-            held = electrons_of(entry.array, "cell" if key.units == "volume" else key.units)
-            mean = None if held is None else _Mean(held, key.units)
-        return _Checked(flaws, mean, stored_as.relative_error if stored_as else 0.0)
+            mean = electrons_of(entry.array, "cell" if key.units == "volume" else key.units)
+        return _Checked(flaws, mean, key.units, stored_as.relative_error if stored_as else 0.0)
     fd, _ = open_regular(path)
     with FileIO(fd, "rb") as file:
         data = file.readall()
