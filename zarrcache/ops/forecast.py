@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -352,29 +352,20 @@ def what_if(
             *([present.capacity_bytes] if present.capacity_bytes < present.disk_bytes else []),
         }
     )
-    counts = sorted({1, 2, 4, 8, nodes})
-    places: list[tuple[int, Assignment]] = [
-        (count, way)
-        for count in counts
+    ways = [Variant(present.variant.assignment, policy) for policy in policies]
+    runs: list[dict[str, Any]] = [{"capacity_bytes": size, "compare": ways} for size in sizes]
+    runs += [
+        {"nodes": count, "assignment": way, "compare": ()}
+        for count in sorted({1, 2, 4, 8, nodes})
         if count <= len(split.names)
         for way in ("global", "node")
         if count > 1 or way == "global"
     ]
-    total = 1 + len(sizes) + len(places)
     found: list[Forecast] = []
-    for capacity in sizes:
+    for run in runs:
         if progress is not None:
-            progress(1 + len(found), total)
-        ways = [Variant(present.variant.assignment, policy) for policy in policies]
-        found.append(
-            split.forecast(nodes=nodes, capacity_bytes=capacity, epochs=epochs, compare=ways)
-        )
-    for count, way in places:
-        if progress is not None:
-            progress(1 + len(found), total)
-        found.append(split.forecast(nodes=count, assignment=way, epochs=epochs, compare=()))
-    if progress is not None:
-        progress(total, total)
+            progress(1 + len(found), 1 + len(runs))
+        found.append(split.forecast(**{"nodes": nodes, "epochs": epochs, **run}))
     return WhatIf(present, tuple(found[: len(sizes)]), tuple(found[len(sizes) :]))
 
 
