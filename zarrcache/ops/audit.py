@@ -8,10 +8,11 @@ the electrons.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from zarrcache._keys import ROLES, Channel, Role, density_array, density_name, u
 from zarrcache.config import DataConfig
 from zarrcache.data import ZarrS3Reader, crc_of, open_reader
 from zarrcache.errors import ZarrCacheError
-from zarrcache.ops.selection import all_pairs
+from zarrcache.ops.selection import all_pairs, concurrently
 
 __all__ = ["KINDS", "AuditReport", "Finding", "audit"]
 
@@ -131,18 +132,17 @@ def audit(
     by_values: dict[tuple[Channel, tuple[object, ...]], list[str]] = defaultdict(list)
     nbytes = 0
     # numpy and the file system release the GIL; one thread per core reads at the disk's speed.
-    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-        try:
-            for done, pair in enumerate(pool.map(lambda id_: _examine(reader, id_), task_ids), 1):
-                findings += pair.findings
-                for channel, density in pair.densities.items():
-                    nbytes += density.nbytes
-                    if density.fingerprint is not None:
-                        by_values[channel, density.fingerprint].append(pair.task_id)
-                if progress is not None:
-                    progress(done, len(task_ids))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    threads = min(8, 2 * (os.cpu_count() or 1))
+    examined = concurrently(functools.partial(_examine, reader), task_ids, threads=threads)
+    with closing(examined) as pairs:
+        for done, pair in enumerate(pairs, 1):
+            findings += pair.findings
+            for channel, density in pair.densities.items():
+                nbytes += density.nbytes
+                if density.fingerprint is not None:
+                    by_values[channel, density.fingerprint].append(pair.task_id)
+            if progress is not None:
+                progress(done, len(task_ids))
     findings += _duplicates(by_values)
     rank = list(KINDS)
     findings.sort(key=lambda found: (rank.index(found.kind), -found.severity, found.task_id))

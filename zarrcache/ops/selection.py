@@ -395,12 +395,14 @@ def known_refusal(config: DataConfig | CacheConfig) -> str:
         return ""
 
 
-def concurrently(ask: Callable[[T], R], items: Sequence[T]) -> Generator[R]:
+def concurrently(
+    ask: Callable[[T], R], items: Sequence[T], *, threads: int = LISTERS
+) -> Generator[R]:
     """Yield ``ask(item)`` for each item, in order, with many calls at once.
 
     Closing the generator (after an error or Ctrl-C) cancels calls that have not started.
     """
-    with ThreadPoolExecutor(LISTERS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             yield from pool.map(ask, items)
         finally:
