@@ -241,6 +241,7 @@ def test_a_lock_in_a_directory_of_another_user_is_refused_in_words() -> None:
         (directory / "closed").mkdir(mode=0o700)
         lock = DataLock({}, {})
         with pytest.raises(
-            AssertionError, match=r"ConfigError: lock file .* \(Permission denied\)"
+            AssertionError,
+            match=r"ConfigError: .*data\.lock cannot be written \(Permission denied\)",
         ):
             without_privileges(lock.save, directory / "closed" / "data.lock")
