@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ import zarr.storage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from packaging.version import Version
 
 from zarrcache.arrays import OriginArray, read_array
 from zarrcache.errors import IncompleteArrayError, SchemaError
@@ -91,8 +89,6 @@ def stores(draw: st.DrawFn) -> dict[str, Any]:
         fills.append(None)
         array["order"] = draw(st.sampled_from("CF"))
         array["compressors"] = draw(st.sampled_from(V2_CODECS))
-        if dtype.kind in "iu" and draw(st.booleans()):
-            array["filters"] = [numcodecs.Delta(dtype=dtype.str)]
     else:
         array["compressors"] = draw(st.sampled_from(V3_CODECS))
         if draw(st.booleans()):
@@ -163,7 +159,7 @@ def monkeypatch_module() -> Any:
 @LAX
 @given(store=stores())
 def test_any_array_is_read_as_zarr_reads_it(tmp_path: Path, store: dict[str, Any]) -> None:
-    """Any shape, chunking, codec, filter, order, byte order, fill value, separator; missing chunks;
+    """Any shape, chunking, codec, order, byte order, fill value, separator; missing chunks;
     sharded, consolidated or not.
     """
     shutil.rmtree(tmp_path / "mp-1.zarr", ignore_errors=True)
@@ -173,16 +169,13 @@ def test_any_array_is_read_as_zarr_reads_it(tmp_path: Path, store: dict[str, Any
     assert decoded.array.flags.c_contiguous
 
 
-#: Before, it reads numbers of the other byte order behind a filter as if they were of this one.
-ZARR_SWAPS_BYTES_BEFORE_FILTERS = Version(version("zarr")) >= Version("3.4")
-BYTES_V2: list[dict[str, Any]] = [
-    *({"id": name} for name in ("blosc", "zstd", "lz4", "gzip", "zlib", "bz2", "base64")),
-    {"id": "lzma", "preset": 1},
+#: Codecs that may stand anywhere between the values and the object, by the ids of numcodecs.
+PLAIN_V2: list[dict[str, Any]] = [
     {"id": "shuffle", "elementsize": 4},
     *({"id": name} for name in ("adler32", "fletcher32", "jenkins_lookup3")),
     *({"id": name, "location": end} for name in ("crc32", "crc32c") for end in ("start", "end")),
 ]
-BYTES_V3: list[dict[str, Any]] = [
+COMPRESSORS_V3: list[dict[str, Any]] = [
     {"name": "zstd", "configuration": {"level": 1, "checksum": True}},
     {"name": "gzip", "configuration": {"level": 1}},
     {
@@ -195,42 +188,29 @@ BYTES_V3: list[dict[str, Any]] = [
             "blocksize": 0,
         },
     },
+    *(
+        {"name": f"numcodecs.{name}", "configuration": {}}
+        for name in ("blosc", "zstd", "lz4", "gzip", "zlib", "bz2", "lzma")
+    ),
+]
+PLAIN_V3: list[dict[str, Any]] = [
     {"name": "crc32c"},
     *(
         {
             "name": f"numcodecs.{codec['id']}",
             "configuration": {key: value for key, value in codec.items() if key != "id"},
         }
-        for codec in BYTES_V2
-        if codec["id"] != "base64"
+        for codec in PLAIN_V2
     ),
 ]
-
-
-def number_filters(dtype: np.dtype[Any]) -> list[dict[str, Any]]:
-    """Filters of numcodecs that can store numbers of this type, some of them in more bytes."""
-    kind, name = dtype.kind, dtype.str
-    if kind == "b":
-        return [{"id": "packbits"}]
-    wide = "<f8" if kind == "f" else "<i8"
-    found: list[dict[str, Any]] = [
-        {"id": "delta", "dtype": name},
-        {"id": "delta", "dtype": name, "astype": wide},
-        {"id": "astype", "encode_dtype": wide, "decode_dtype": name},
-        {"id": "fixedscaleoffset", "offset": 0, "scale": 100, "dtype": name, "astype": "<i8"},
-    ]
-    if kind == "f":
-        found += [
-            {"id": "quantize", "digits": 2, "dtype": name},
-            {"id": "bitround", "keepbits": 7},
-            {"id": "fixedscaleoffset", "offset": 1, "scale": 10, "dtype": name, "astype": "<i2"},
-        ]
-    return found
+BITROUND = {"id": "bitround", "keepbits": 7}
 
 
 @st.composite
 def chains(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of ``zarr.create`` with any order of codecs, shards within shards included."""
+    """Arguments of ``zarr.create`` with codecs in any order that is decoded here, shards within
+    shards included.
+    """
     dtype = np.dtype(draw(st.sampled_from(["<f4", ">f4", "<f8", "<f2", "<i4", "|u1", "|b1"])))
     grid = draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))
     chunks = [4 * n for n in grid]
@@ -241,10 +221,10 @@ def chains(draw: st.DrawFn) -> dict[str, Any]:
         "fill_value": 0,
         "zarr_format": draw(st.sampled_from([2, 3])),
     }
-    numbers = number_filters(dtype)
-    packed = draw(st.lists(st.sampled_from(BYTES_V2), max_size=3))
     if array["zarr_format"] == 2:
-        filters = draw(st.lists(st.sampled_from(numbers), max_size=1)) + packed
+        filters = draw(st.lists(st.sampled_from(PLAIN_V2), max_size=3))
+        if dtype.kind == "f" and draw(st.booleans()):
+            filters.insert(0, BITROUND)
         array["filters"] = [numcodecs.get_codec(dict(codec)) for codec in filters] or None
         array["compressor"] = draw(st.sampled_from(V2_CODECS))
         array["order"] = draw(st.sampled_from("CF"))
@@ -260,19 +240,13 @@ def v3_chain(
 ) -> list[dict[str, Any]]:
     """The codecs of ``zarr.json``."""
     codecs: list[dict[str, Any]] = []
-    if draw(st.booleans()):
+    for _ in range(draw(st.integers(0, 2))):
         order = draw(st.permutations(range(len(shape))))
         codecs.append({"name": "transpose", "configuration": {"order": list(order)}})
         shape = [shape[axis] for axis in order]
-    is_sharded = depth > 0 and draw(st.booleans())
     endian = st.sampled_from(["little", "big"])
-    raw = {"name": "bytes", "configuration": {"endian": draw(endian)}}
-    if not is_sharded and draw(st.booleans()):
-        if not ZARR_SWAPS_BYTES_BEFORE_FILTERS:
-            raw = {"name": "bytes", "configuration": {"endian": "little"}}
-        chosen = dict(draw(st.sampled_from(number_filters(dtype))))
-        codecs.append({"name": f"numcodecs.{chosen.pop('id')}", "configuration": chosen})
-    if is_sharded:
+    plain = st.lists(st.sampled_from(PLAIN_V3), max_size=2)
+    if depth > 0 and draw(st.booleans()):
         inner = [draw(st.sampled_from([m for m in (1, 2, 4) if n % m == 0])) for n in shape]
         index = [{"name": "bytes", "configuration": {"endian": draw(endian)}}]
         codecs.append(
@@ -286,9 +260,13 @@ def v3_chain(
                 },
             }
         )
-    else:
-        codecs.append(raw)
-    return codecs + draw(st.lists(st.sampled_from(BYTES_V3), max_size=3))
+        return codecs + draw(plain)
+    order_of_bytes = draw(endian)
+    if dtype.kind == "f" and order_of_bytes == "little" and draw(st.booleans()):
+        codecs.append({"name": "numcodecs.bitround", "configuration": {"keepbits": 7}})
+    codecs.append({"name": "bytes", "configuration": {"endian": order_of_bytes}})
+    compressor = draw(st.lists(st.sampled_from(COMPRESSORS_V3), max_size=1))
+    return codecs + draw(plain) + compressor + draw(plain)
 
 
 def write_chain(
@@ -312,9 +290,7 @@ def write_chain(
 def test_any_chain_of_codecs_is_read_as_zarr_reads_it(
     tmp_path: Path, array: dict[str, Any], seed: int, data: st.DataObject
 ) -> None:
-    """Filters that widen, compressors of compressors, checksums anywhere, shards in shards; and a
-    region that was never written.
-    """
+    """Checksums anywhere, shards in shards; and a region that was never written."""
     path = tmp_path / "mp-1.zarr"
     shutil.rmtree(path, ignore_errors=True)
     values = np.random.default_rng(seed).integers(0, 2, array["shape"]).astype(array["dtype"])
@@ -328,29 +304,59 @@ def test_any_chain_of_codecs_is_read_as_zarr_reads_it(
     assert same_bits(decoded.array, expected)
 
 
-@pytest.mark.parametrize("astype", ["<f4", "<f8", ">f8"])
-def test_filtered_numbers_of_the_other_byte_order_are_read_right(
-    tmp_path: Path, astype: str
+def v3_codecs(*codecs: dict[str, Any], endian: str = "little") -> dict[str, Any]:
+    """A v3 array of two chunks whose last codecs follow the bytes of the values."""
+    raw = {"name": "bytes", "configuration": {"endian": endian}}
+    return {"zarr_format": 3, "codecs": [raw, *codecs]}
+
+
+DELTA = {"name": "numcodecs.delta", "configuration": {"dtype": "<f4", "astype": "<f8"}}
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "filters that widen": {
+        "zarr_format": 2,
+        "filters": [numcodecs.Delta("<f4", "<f8"), numcodecs.Base64()],
+        "compressor": numcodecs.Zstd(),
+    },
+    "compressed twice": v3_codecs(*COMPRESSORS_V3[:2]),
+    "compressed shards": {
+        "zarr_format": 3,
+        "codecs": [
+            {
+                "name": "sharding_indexed",
+                "configuration": {"chunk_shape": [1, 2, 3], "codecs": v3_codecs()["codecs"]},
+            },
+            COMPRESSORS_V3[0],
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("array", UNUSUAL.values(), ids=UNUSUAL)
+def test_an_unusual_chain_of_codecs_is_read_as_zarr_reads_it(
+    tmp_path: Path, array: dict[str, Any]
 ) -> None:
-    """Zarr before 3.4 misreads them, so that they are compared with the values."""
-    codecs = [
-        {"name": "numcodecs.delta", "configuration": {"dtype": "<f4", "astype": astype}},
-        {"name": "bytes", "configuration": {"endian": "big"}},
-    ]
+    """By zarr itself, in a child process."""
+    values = np.arange(96, dtype="f4").reshape(4, 4, 6)
+    shape = {"shape": values.shape, "chunks": (2, 4, 6), "dtype": "f4", "fill_value": 0}
+    expected = write_chain(tmp_path / "mp-1.zarr", {**shape, **array}, values)
+    assert np.array_equal(expected, values)
+    decoded = read_array(OriginArray(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho"))
+    assert same_bits(decoded.array, expected)
+
+
+def test_filtered_numbers_of_the_other_byte_order_are_read_right_or_refused(tmp_path: Path) -> None:
+    """Zarr before 3.4 misreads them."""
+    array = v3_codecs(endian="big")
+    array["codecs"].insert(0, DELTA)
     values = np.arange(60, dtype="f4").reshape(3, 4, 5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        zarr.create(
-            store=zarr.storage.LocalStore(tmp_path / "mp-1.zarr"),
-            path="rho",
-            shape=values.shape,
-            chunks=(2, 4, 3),
-            dtype="f4",
-            zarr_format=3,
-            codecs=codecs,  # type: ignore[arg-type]
-        )[...] = values
-    decoded = read_array(OriginArray(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True))
-    np.testing.assert_array_equal(decoded.array, values)
+    shape = {"shape": values.shape, "chunks": (2, 4, 3), "dtype": "f4", "fill_value": 0}
+    misread = write_chain(tmp_path / "mp-1.zarr", {**shape, **array}, values)
+    what = OriginArray(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
+    if np.array_equal(misread, values):
+        np.testing.assert_array_equal(read_array(what).array, values)
+    else:
+        with pytest.raises(SchemaError, match="misreads swapped bytes behind a filter"):
+            read_array(what)
 
 
 @LAX

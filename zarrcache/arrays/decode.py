@@ -607,19 +607,19 @@ def _codecs(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _fill(value: object, dtype: np.dtype[Any]) -> int | float | bool | None:
-    """Convert a fill value to a number; None if only zarr can interpret it."""
+def _fill(value: object, dtype: np.dtype[Any]) -> Any:
+    """Convert a fill value to a number. Raises ValueError if its type cannot hold it."""
+    number = value
     if value is None:
         return 0
-    if isinstance(value, str):
-        return _SPECIAL_FLOATS.get(value) if dtype.kind == "f" else None
-    if not isinstance(value, int if dtype.kind in "biu" else (int, float)):
-        return None
-    try:
-        np.full((), value, dtype)
-    except OverflowError:
-        return None
-    return value
+    if isinstance(value, str) and dtype.kind == "f":
+        number = _SPECIAL_FLOATS.get(value)
+        if re.fullmatch(rf"0x[0-9a-fA-F]{{{2 * dtype.itemsize}}}", value):  # its bits
+            return np.frombuffer(bytes.fromhex(value[2:]), dtype.newbyteorder(">"))[0]
+    if not isinstance(number, int if dtype.kind in "biu" else (int, float)):
+        raise ValueError(f"its fill value is {safe_repr(value)}")
+    np.full((), number, dtype)  # raises OverflowError
+    return number
 
 
 def _layout(
@@ -632,14 +632,7 @@ def _layout(
         raise ValueError(f"chunks of shape {safe_repr(list(chunks))} for {len(shape)} axes")
     pattern, separator = _chunk_keys(document)
     fill = _fill(document.get("fill_value"), dtype)
-    return _Layout(
-        tuple(shape),
-        dtype,
-        _fill_of_zarr(document) if fill is None else fill,
-        chunk,
-        pattern,
-        separator,
-    )
+    return _Layout(tuple(shape), dtype, fill, chunk, pattern, separator)
 
 
 def _v2(document: Mapping[str, Any]) -> _Layout:
@@ -659,16 +652,3 @@ def _v3(document: Mapping[str, Any]) -> _Layout:
     dtype = np.dtype(document["data_type"])
     chunk = Chunk.v3(grid["configuration"]["chunk_shape"], dtype, document["codecs"])
     return _layout(document, chunk, dtype)
-
-
-def _fill_of_zarr(document: Mapping[str, Any]) -> Any:
-    """A fill value as zarr reads it, for example from hexadecimal digits."""
-    import zarr
-    from zarr.buffer import default_buffer_prototype
-
-    is_v3 = "data_type" in document
-    raw = default_buffer_prototype().buffer.from_bytes(json.dumps(document).encode())
-    store = zarr.storage.MemoryStore({"a/zarr.json" if is_v3 else "a/.zarray": raw}, read_only=True)
-    return zarr.open_array(
-        store=store, path="a", mode="r", zarr_format=3 if is_v3 else 2
-    ).fill_value

@@ -1,17 +1,19 @@
-"""Decode arrays with codecs that are not known here: zarr, in a child process of bounded memory.
+"""Decode arrays with unusual codecs: zarr, in a child process of bounded memory.
 
-Zarr reads more than :mod:`zarrcache.arrays.codecs` does: codecs of other packages, chunk grids that
-are not regular. The size that such a codec decodes a chunk to is not known beforehand, and the
-memory of a process that also trains cannot be limited. The child gets the memory that the array
-needs and a few MiB; a chunk that needs more ends the child, not the training. This takes about a
-second per array, once: the array tier keeps the result.
+Zarr reads more than :mod:`zarrcache.arrays.codecs` does: filters that change numbers, data that is
+compressed twice, codecs of other packages, chunk grids that are not regular. The size to which such
+a codec decodes a chunk is not known beforehand, and the memory of a process that also trains cannot
+be limited. The child gets the memory that the array needs and a few MiB; a chunk that needs more
+ends the child, not the training. This takes about a second per array, once: the array tier keeps
+the result.
 """
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -132,6 +134,12 @@ def _serve(connection: Connection, zarr_format: Literal[2, 3], room: int) -> Non
         except Exception as exc:  # noqa: BLE001 the parent raises it
             connection.send(("unknown", f"{type(exc).__name__}: {exc}"[:500]))
             return
+        version = tuple(map(int, zarr.__version__.split(".")[:2]))
+        metadata: Any = array.metadata
+        if version < (3, 4) and zarr_format == 3 and _is_swapped(metadata.codecs):
+            words = f"zarr {zarr.__version__} misreads swapped bytes behind a filter, 3.4 does not"
+            connection.send(("unknown", words))
+            return
         values = np.asarray(array[...])
         values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
         connection.send(("array", values.shape, values.dtype))
@@ -141,6 +149,19 @@ def _serve(connection: Connection, zarr_format: Literal[2, 3], room: int) -> Non
         connection.send(("memory", ""))
     except Exception as exc:  # noqa: BLE001 the parent raises it
         connection.send(("damaged", f"{type(exc).__name__}: {exc}"[:500]))
+
+
+def _is_swapped(codecs: Iterable[Any], has_filter: bool = False) -> bool:
+    """Whether a filter gets numbers of the other byte order, which zarr before 3.4 ignores."""
+    from zarr.codecs import BytesCodec, ShardingCodec, TransposeCodec
+
+    for codec in codecs:
+        if isinstance(codec, ShardingCodec):
+            return _is_swapped(codec.codecs, has_filter)
+        if isinstance(codec, BytesCodec):
+            return has_filter and codec.endian is not None and codec.endian.value != sys.byteorder
+        has_filter = has_filter or not isinstance(codec, TransposeCodec)
+    return False
 
 
 def _limit_memory(nbytes: int) -> None:
