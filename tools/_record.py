@@ -64,7 +64,7 @@ def train(path: Path) -> None:
 def record() -> list[list[str]]:
     """Screens, one per second: the lines of ``top``, an empty line, those of the training."""
     from zarrcache import DataConfig
-    from zarrcache.cli.format import activity_lines
+    from zarrcache.cli.top import activity_lines
     from zarrcache.convert import plan_convert
     from zarrcache.demo.server import running_server
     from zarrcache.demo.synthetic import write_pairs

@@ -17,7 +17,7 @@ from tests.support.processes import HANG_S, end_all
 from tests.support.stores import small_group
 from tests.support.training import command, start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig, plan_warm
-from zarrcache.cli.format import entries_by_kind
+from zarrcache.cli.cache import entries_by_kind
 from zarrcache.disk import ARRAY, Row
 
 

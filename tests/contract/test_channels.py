@@ -24,7 +24,7 @@ from tests.support.s3server import S3Server
 from tests.support.stores import STRUCTURE, random_density, small_group
 from tests.support.training import write_config, zarrcache
 from zarrcache import ZarrS3Reader
-from zarrcache.cli.format import estimate_notes
+from zarrcache.cli.warm import estimate_notes
 from zarrcache.config import DataConfig
 from zarrcache.data import differences, open_reader
 from zarrcache.errors import ConfigError, IncompleteArrayError, SchemaError, ZarrCacheError

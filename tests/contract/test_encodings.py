@@ -30,7 +30,8 @@ from zarrcache import (
     plan_warm,
     verify,
 )
-from zarrcache.cli.format import format_verification, plan_lines, status_lines
+from zarrcache.cli.cache import format_verification, status_lines
+from zarrcache.cli.plan import plan_lines
 from zarrcache.data.reader import open_reader
 from zarrcache.disk.entry import read_header
 from zarrcache.ops.forecast import measure_split

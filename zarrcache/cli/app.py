@@ -20,6 +20,7 @@ import typer
 
 from zarrcache import __version__
 from zarrcache.cli._early import leave_ctrl_c_to_python
+from zarrcache.cli.format import count
 from zarrcache.cli.progress import StderrHandler, is_quiet
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.parallel import Terminated, exit_code, raise_on_signals
@@ -157,8 +158,6 @@ def show_json(document: dict[str, Any]) -> None:
 
 def failures(lines: Iterable[str], verdict: str = "failed") -> None:
     """Print up to 20 failures on stderr, one per line, and the number of further ones."""
-    from zarrcache.cli.format import count
-
     every = list(lines)
     for line in every[:_MAX_FAILURES]:
         say(f"{verdict}: {line}", always=True)

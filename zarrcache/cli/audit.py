@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, say, say_refusal, show, show_json
+from zarrcache.cli.format import count, plural
 from zarrcache.cli.options import (
     Config,
     Ids,
@@ -44,8 +46,6 @@ def audit(
     Reads every density of CONFIG through the cache. Exit code 1: something was found.
     """
     from zarrcache import ops
-    from zarrcache._units import format_bytes
-    from zarrcache.cli.format import count, plural
     from zarrcache.cli.progress import Meter
 
     source = data_config(config, needs_cache=False)

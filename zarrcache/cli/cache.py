@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zarrcache._keys import FLOAT32, ArrayKey, density_name, is_density, safe_repr
+from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, failures, say, say_refusal, show, show_json
+from zarrcache.cli.format import count, plural
 from zarrcache.cli.options import (
     Directory,
     DryRun,
@@ -21,6 +26,10 @@ from zarrcache.cli.options import (
     size,
 )
 from zarrcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zarrcache.disk import Row
+    from zarrcache.ops import Status, VerifyReport
 
 __all__ = ["doctor", "evict", "status", "verify"]
 
@@ -64,8 +73,6 @@ def evict(
 
     Further options narrow the choice. Only <cache.dir>/zarrcache-v1/ is touched.
     """
-    from zarrcache._units import format_bytes
-    from zarrcache.cli.format import entries_by_kind, plural
     from zarrcache.cli.progress import Meter
     from zarrcache.ops import plan_evict
 
@@ -135,7 +142,6 @@ def status(
 
     Sends no request; works offline.
     """
-    from zarrcache.cli.format import status_lines
     from zarrcache.ops import known_refusal, read_status
 
     source = cache_source(config, directory)
@@ -180,7 +186,6 @@ def verify(
     only stale. Safe while trainings run.
     """
     from zarrcache import ops
-    from zarrcache.cli.format import format_verification
     from zarrcache.cli.progress import Meter
 
     source = cache_source(config, directory)
@@ -230,3 +235,109 @@ def doctor(
     elif source is None:
         say("Pass a training config to check its cache directory and its origin as well.")
     return 1 if failed else 0
+
+
+#: Values of ``normalize_data`` by the units of the entries.
+_NORMALIZED = {
+    "cell": "normalize_data: false",
+    "points": "normalize_data: true",
+    "volume": "normalize_data: volume",
+}
+
+
+def entries_by_kind(entries: Iterable[Row]) -> str:
+    """What entries hold, each kind with its number."""
+    from zarrcache.disk import ARRAY, LISTING
+
+    numbers: Counter[tuple[str, str]] = Counter()
+    for row in entries:
+        array = row.note.rpartition("\n")[2] if row.kind == ARRAY else ""
+        numbers[row.kind, array] += 1
+    parts = []
+    for (kind, array), number in sorted(numbers.items(), key=lambda one: (one[0][0], -one[1])):
+        key = ArrayKey("", "", array)
+        parts.append(
+            _densities(number, key.source_array, key.units, key.encoding)
+            if kind == ARRAY
+            else f"{plural(number, 'file')} of listings and attributes"
+            if kind == LISTING
+            else f"{plural(number, 'entry', 'entries')} of the byte tier"
+        )
+    return "; ".join(parts)
+
+
+def status_lines(state: Status) -> list[str]:
+    """Lines for ``status``."""
+    limit = reserve = ""
+    if state.limit_bytes is not None:
+        percent = 100 * state.volume_bytes / state.limit_bytes
+        limit = f" of {format_bytes(state.limit_bytes)} ({percent:.1f} %)"
+    if state.min_free_bytes is not None:
+        reserve = f"; min_free {format_bytes(state.min_free_bytes)}"
+    free = f"{format_bytes(state.free_bytes)} free of {format_bytes(state.disk_bytes)}"
+    densities = plural(state.array_tier.entries - state.listings, "density", "densities")
+    others = plural(state.listings, "file", "files")
+    arrays = f"{densities}, {others} of listings and attributes"
+    blocks = plural(state.byte_tier.entries, "entry", "entries")
+    lines = [
+        f"cache        {state.directory}{'' if state.exists else ' (nothing is cached there yet)'}",
+        f"array tier   {arrays}, {format_bytes(state.array_tier.nbytes)}",
+        f"byte tier    {blocks}, {format_bytes(state.byte_tier.nbytes)}",
+        f"volume       {format_bytes(state.volume_bytes)}{limit}",
+        f"file system  {free}{reserve}",
+    ]
+    if (covered := state.coverage) is not None:
+        present = plural(covered.present, "id")
+        half = f", {count(covered.half)} half" if covered.half else ""
+        missing = ""
+        if covered.missing:
+            verb = "has" if covered.missing == 1 else "have"
+            missing = f"; {plural(covered.missing, 'more id')} in the map {verb} no store"
+        if covered.dropped:
+            verb = "lacks" if covered.dropped == 1 else "lack"
+            missing += f"; {plural(covered.dropped, 'id')} {verb} a channel (missing: drop)"
+        lines.append(
+            f"{covered.functional:<12} {count(covered.warm)} of {present} warm "
+            f"({100 * covered.warm_ratio:.1f} %){half}{missing}"
+        )
+        lines += [
+            f"{'':<12} not used by this config: "
+            f"{_densities(one.densities, one.array, one.units, one.encoding)}"
+            for one in covered.unused
+        ]
+        if covered.to_encode:
+            lines.append(
+                f"{'':<12} {plural(covered.to_encode, 'id')} of these still in float32; `zarrcache "
+                "warm` or the next read encodes them without fetching"
+            )
+        lines += [f"{'':<12} {text}" for text in covered.several_sources]
+    return lines
+
+
+def _densities(number: int, array: str, units: str, encoding: str) -> str:
+    """``24 densities of total, normalize_data: true, encoding float16``."""
+    text = f"{plural(number, 'density', 'densities')} of {density_name(array)}"
+    if is_density(array):
+        text += f", {_NORMALIZED[units]}"
+    if encoding != FLOAT32:
+        text += f", encoding {encoding}"
+    return text if text.isprintable() else safe_repr(text)  # a planted row of a shared cache
+
+
+def format_verification(report: VerifyReport) -> str:
+    """One line for ``verify``."""
+    stale = f", {count(len(report.stale))} stale" if report.stale else ""
+    unreadable = f", {count(len(report.unreadable))} cannot be read" if report.unreadable else ""
+    n_flawed = len({problem.url for problem in (*report.flawed, *report.filled)})
+    flawed = f", {count(n_flawed)} flawed at the origin" if n_flawed else ""
+    within = ""
+    if report.within_bound:
+        entries = plural(report.within_bound, "rounded entry", "rounded entries")
+        within = f"; {entries} read from the origin: within the error bound"
+    strays = ""
+    if report.strays:
+        strays = f"; removed {plural(len(report.strays), 'file')} without an entry"
+    return (
+        f"Verified {plural(report.entries, 'entry', 'entries')} ({format_bytes(report.nbytes)}): "
+        f"{count(len(report.corrupt))} corrupt{stale}{unreadable}{flawed}{within}{strays}."
+    )

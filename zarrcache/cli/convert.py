@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, failures, say, show, show_json
+from zarrcache.cli.format import count, duration, plural
 from zarrcache.cli.options import (
     Anonymous,
     Dask,
@@ -27,7 +29,7 @@ from zarrcache.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from zarrcache.convert import ConvertResult
+    from zarrcache.convert import ConvertPlan, ConvertReport, ConvertResult
 
 __all__ = ["convert"]
 
@@ -135,7 +137,6 @@ def convert(
     A whole store of the same file is skipped. A file that cannot be read is reported; the others
     are converted.
     """
-    from zarrcache.cli.format import format_conversion, format_convert_plan, left_out_lines
     from zarrcache.cli.progress import Meter
     from zarrcache.convert import plan_convert
 
@@ -207,3 +208,52 @@ def _say_problems(results: Sequence[ConvertResult]) -> None:
         for warning in result.warnings:
             say(f"warning: {result.path}: {warning}")
     failures(result.error for result in results if result.error is not None)
+
+
+def format_convert_plan(plan: ConvertPlan) -> str:
+    """For ``convert --dry-run``: a summary, and each file below its task id."""
+    already = f"; {count(len(plan.skipped))} converted already" if plan.skipped else ""
+    summary = (
+        f"Would convert {plural(len(plan.files), 'file')} "
+        f"({format_bytes(plan.source_bytes)}) to {plan.dst}{already}"
+    )
+    ids = plan.task_ids
+    width = max(map(len, ids.values()), default=0)
+    return "\n".join(
+        (
+            summary,
+            *(f"  {ids[path]:{width}}  {path}" for path in plan.files),
+            "Dry run: nothing was written.",
+        )
+    )
+
+
+def left_out_lines(plan: ConvertPlan, most: int | None = 10) -> list[str]:
+    """Files that ``convert`` does not read, each with the reason, at most ``most`` of them."""
+    lines = [f"left out: {item.path}: {item.reason}" for item in plan.left_out[:most]]
+    if len(plan.left_out) > len(lines):
+        more = len(plan.left_out) - len(lines)
+        lines.append(f"left out: {count(more)} more; --dry-run lists all")
+    if plan.unrecorded:
+        stores = plural(len(plan.unrecorded), "existing store")
+        lines.append(
+            f"skipped: {stores} without a record of its file ({plan.unrecorded[0]} for example), "
+            "written by an earlier version or another program. --overwrite converts again."
+        )
+    return lines
+
+
+def format_conversion(dst: str, report: ConvertReport, seconds: float) -> str:
+    """One line for ``convert``."""
+    files = len(report.converted) + len(report.failed)
+    skipped = (
+        f", {count(len(report.skipped))} skipped (converted already; --overwrite converts them "
+        "again)"
+        if report.skipped
+        else ""
+    )
+    return (
+        f"Converted {count(len(report.converted))} of {plural(files, 'file')} to {dst} "
+        f"({format_bytes(report.written_bytes)}) "
+        f"in {duration(seconds)}; {count(len(report.failed))} failed{skipped}."
+    )

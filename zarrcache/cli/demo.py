@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, say, show, show_json
+from zarrcache.cli.format import count
 from zarrcache.cli.options import Json, whole
+
+if TYPE_CHECKING:
+    from zarrcache.demo import DemoReport
 
 __all__ = ["demo"]
 
@@ -38,7 +43,6 @@ def demo(
     In about two minutes: an S3 server on this machine, conversion, a cold epoch, warm epochs, and
     one with S3 switched off.
     """
-    from zarrcache.cli.format import demo_rows
     from zarrcache.cli.progress import show_table
     from zarrcache.demo import run_demo
 
@@ -46,7 +50,7 @@ def demo(
     if as_json:
         show_json({**asdict(report), "is_good": report.is_good})
         return 0 if report.is_good else 1
-    show_table(demo_rows(report))
+    show_table(_rows(report))
     if report.identical:
         show("All tensors are bit-identical to a plain zarr read.")
     else:
@@ -54,3 +58,32 @@ def demo(
     if report.directory is not None:
         say(f"Everything is in {report.directory}.")
     return 0 if report.is_good else 1
+
+
+def _rows(report: DemoReport) -> list[tuple[str, ...]]:
+    """Rows of the table of ``demo``; the first one has the column names."""
+    rows: list[tuple[str, ...]] = [
+        (
+            "epoch",
+            "seconds",
+            "of these waiting",
+            "samples/s",
+            "S3 requests",
+            "bytes from S3",
+            "hit ratio",
+        )
+    ]
+    for row in report.rows:
+        ratio = "" if row.hit_ratio is None else f"{100 * row.hit_ratio:.0f} %"
+        rows.append(
+            (
+                row.epoch,
+                f"{row.seconds:.2f}",
+                f"{row.waited_s:.2f}",
+                f"{row.samples_per_s:.1f}",
+                count(row.requests),
+                format_bytes(row.fetched_bytes),
+                ratio,
+            )
+        )
+    return rows

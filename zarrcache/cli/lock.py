@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zarrcache.cli.app import command, say, show, show_json
+from zarrcache.cli.format import plural
 from zarrcache.cli.options import Config, Json, check_output, data_config
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ def lock(
 
     Reads every density through the cache. `cache.lock: FILE` then refuses to train on other data.
     """
-    from zarrcache.cli.format import plural
-
     check_output(output, config)
     made = _of_config(config)
     made.save(output)
@@ -51,7 +50,6 @@ def diff(
 
     Exit code 0: the same; 1: not.
     """
-    from zarrcache.cli.format import plural
     from zarrcache.data import DataLock, differences
 
     one = DataLock.load(first)

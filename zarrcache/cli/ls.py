@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from zarrcache._keys import density_name
+from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, show, show_json
 from zarrcache.cli.options import Directory, Ids, Json, OptionalConfig, cache_source, read_ids
 
@@ -35,8 +37,6 @@ def ls(
 
     Without CONFIG: all of the cache, without roles. Sends no request.
     """
-    from zarrcache._keys import density_name
-    from zarrcache._units import format_bytes
     from zarrcache.ops import list_entries
 
     entries = list_entries(

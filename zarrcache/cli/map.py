@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from zarrcache.cli.app import command, say, show, show_json
+from zarrcache.cli.format import plural
 from zarrcache.cli.options import (
     Anonymous,
     EndpointUrl,
@@ -66,7 +67,6 @@ def make_map(
 
     They are listed under the name of a functional. Other functionals of a map that exists are kept.
     """
-    from zarrcache.cli.format import plural
     from zarrcache.ops import find_ids, write_map
 
     kinds = source.split(",") if "," in source else source

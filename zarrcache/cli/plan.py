@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from zarrcache._keys import Eviction
+from zarrcache._keys import FLOAT32, Eviction
+from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, say_refusal, show, show_json
+from zarrcache.cli.format import count, duration, plural
 from zarrcache.cli.options import Config, Json, data_config, size, whole
+
+if TYPE_CHECKING:
+    from zarrcache.ops import EpochForecast, Forecast
 
 __all__ = ["plan"]
 
@@ -85,7 +91,6 @@ def plan(
     For CONFIG's training split. Measures up to 1,000 densities at the origin; caches nothing.
     Prices are those of cache.prices.
     """
-    from zarrcache.cli.format import plan_lines
     from zarrcache.cli.progress import Meter
     from zarrcache.ops import known_refusal, measure_split
 
@@ -120,3 +125,51 @@ def plan(
             show(line)
     say_refusal(refusal)
     return 0
+
+
+def plan_lines(plan: Forecast) -> Iterator[str]:
+    """Lines for ``plan``."""
+    asked = "all" if plan.measured == plan.densities else count(plan.measured)
+    yield (
+        f"Training split: {plural(plan.samples, 'sample')}, "
+        f"{plural(plan.densities, 'density', 'densities')} of {plan.gets:.0f} objects on average; "
+        f"{format_bytes(plan.stored_bytes)} at the origin, {format_bytes(plan.disk_bytes)} in a "
+        f"cache{'' if plan.encoding == FLOAT32 else f' as {plan.encoding}'} ({asked} measured)."
+    )
+    share = plan.capacity_bytes / plan.disk_bytes if plan.disk_bytes else 1.0
+    ahead = ""
+    if plan.lookahead_bytes:
+        ahead = f" (of which the look-ahead takes {format_bytes(plan.lookahead_bytes)})"
+    yield (
+        f"{plural(plan.nodes, 'node')}, {plural(plan.ranks, 'rank')}: each cache holds "
+        f"{format_bytes(plan.capacity_bytes)}{ahead}, "
+        f"{min(1.0, share):.0%} of that; assignment {plan.variant.assignment}, eviction "
+        f"{plan.variant.eviction}."
+    )
+    yield ""
+    for number, epoch in enumerate(plan.epochs[:3], start=1):
+        yield f"epoch {number}: {_epoch(epoch, plan.prices.currency)}"
+    yield f"{plural(plan.run_epochs, 'epoch')}: {_epoch(plan.total, plan.prices.currency)}"
+    timed = (
+        " The time is that of reading alone, without training."
+        if plan.speed is not None
+        else " Pass --probe to estimate the time as well."
+    )
+    yield f"Prices of {plan.prices.dated}, from cache.prices.{timed}"
+    if len(plan.others) > 1:
+        yield ""
+        yield (
+            f"Hits in the last half of {plural(len(plan.epochs), 'epoch')}, by assignment and "
+            "eviction:"
+        )
+        for way, ratio in plan.others.items():
+            mark = "  <- this" if way == plan.variant else ""
+            yield f"  {way.assignment:<7} {way.eviction:<22} {ratio:4.0%}{mark}"
+
+
+def _epoch(epoch: EpochForecast, currency: str) -> str:
+    text = (
+        f"{epoch.hit_ratio:.1%} hits, {plural(epoch.requests, 'request')}, "
+        f"{format_bytes(epoch.nbytes)}, {epoch.dollars:.2f} {currency}"
+    )
+    return text if epoch.seconds is None else f"{text}, {duration(epoch.seconds)}"

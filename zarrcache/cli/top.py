@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, show, show_json
+from zarrcache.cli.format import count, plural
 from zarrcache.cli.options import Directory, Json, OptionalConfig, cache_source
 from zarrcache.errors import ConfigError
 from zarrcache.parallel import Terminated
@@ -74,7 +76,6 @@ def _keep(path: Path, monitor: Monitor, interval_s: float, *, once: bool) -> Non
 
 
 def _watch(monitor: Monitor, interval_s: float, *, once: bool, as_json: bool) -> None:
-    from zarrcache.cli.format import activity_lines
     from zarrcache.cli.progress import LiveText
 
     if once or as_json or not sys.stdout.isatty():
@@ -86,7 +87,8 @@ def _watch(monitor: Monitor, interval_s: float, *, once: bool, as_json: bool) ->
             elif as_json:  # a line per interval
                 show(json.dumps(activity.as_document()))
             else:
-                _print(activity)
+                for line in activity_lines(activity):
+                    show(line)
             if once:
                 return
     with LiveText() as screen:
@@ -95,8 +97,47 @@ def _watch(monitor: Monitor, interval_s: float, *, once: bool, as_json: bool) ->
             time.sleep(interval_s)
 
 
-def _print(activity: Activity) -> None:
-    from zarrcache.cli.format import activity_lines
+def activity_lines(activity: Activity) -> list[str]:
+    """Lines of ``zarrcache top``, at most 60 columns wide."""
+    pids = activity.pids
+    named = ", ".join(map(str, pids[:5])) + (", ..." if len(pids) > 5 else "")
+    runs = f"{plural(len(activity.boards), 'run')}, {plural(len(pids), 'process', 'processes')}"
+    lines = [
+        activity.directory if len(activity.directory) <= 60 else f"...{activity.directory[-57:]}",
+        f"{runs} ({named})" if pids else "No process of this user uses this cache now.",
+        f"{'':<20}{'per second':>18}{'since the start':>20}",
+    ]
 
-    for line in activity_lines(activity):
-        show(line)
+    def row(name: str, now: str, since: str) -> None:
+        lines.append(f"{name:<20}{now:>18}{since:>20}")
+
+    for name, counter in (
+        ("hits", "hits"),
+        ("misses", "misses"),
+        ("not stored", "bypasses"),
+        ("requests to origin", "requests"),
+        ("retries", "retries"),
+    ):
+        row(name, f"{activity.per_second(counter):,.1f}", count(getattr(activity.total, counter)))
+    for name, counter in (
+        ("from the origin", "fetched_bytes"),
+        ("from other nodes", "peer_bytes"),
+        ("to other nodes", "sent_bytes"),
+        ("from disk", "served_bytes"),
+    ):
+        rate = format_bytes(int(activity.per_second(counter)))
+        row(name, f"{rate}/s", format_bytes(getattr(activity.total, counter)))
+    row(
+        "hit ratio",
+        *(
+            f"{100 * stats.hit_ratio:.1f} %" if stats.hits + stats.misses else "-"
+            for stats in (activity.recent, activity.total)
+        ),
+    )
+    row("look-ahead, ready", "", format_bytes(activity.total.ahead_bytes))
+    limit = activity.limit_bytes
+    of = ""
+    if limit is not None:
+        of = f"{100 * activity.volume_bytes / limit:.0f} % of {format_bytes(limit)}"
+    row("on disk", of, format_bytes(activity.volume_bytes))
+    return lines

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from zarrcache._keys import FLOAT32, Missing
+from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, failures, say, show, show_json
+from zarrcache.cli.format import count, duration, plural
 from zarrcache.cli.options import (
     Config,
     Dask,
@@ -26,7 +29,7 @@ from zarrcache.errors import ConfigError
 from zarrcache.parallel import node_name
 
 if TYPE_CHECKING:
-    from zarrcache.ops import WarmPlan
+    from zarrcache.ops import WarmEstimate, WarmPlan, WarmReport
 
 __all__ = ["warm"]
 
@@ -93,7 +96,6 @@ def warm(
     Safe to stop and run again: only missing densities are fetched, with --revalidate also those
     that changed at the origin.
     """
-    from zarrcache.cli.format import nothing_selected
     from zarrcache.ops import plan_warm
     from zarrcache.parallel import each_node_world
 
@@ -154,8 +156,6 @@ _Result = tuple[dict[str, Any], str, list[str], list[str], bool]
 
 
 def _estimate(plan: WarmPlan) -> _Result:
-    from zarrcache.cli.format import estimate_notes, format_warm_estimate
-
     with Meter("Listing", "densities", len(plan.densities)) as meter:
         estimate = plan.estimate(meter.reach)
     failures(f"{result.name}: {result.error}" for result in estimate.failed)
@@ -170,8 +170,6 @@ def _estimate(plan: WarmPlan) -> _Result:
 
 
 def _execute(plan: WarmPlan, dask: str | None, workers: int | None) -> _Result:
-    from zarrcache.cli.format import format_warm_report, warm_errors, warm_notes
-
     def fetched_bytes() -> int:
         return plan.reader.stats.fetched_bytes
 
@@ -226,3 +224,142 @@ def _on_each_node(dask: str, config: Path, options: Mapping[str, object], *, as_
     if failed:
         say(f"{len(failed)} of {len(nodes)} nodes failed: {', '.join(failed)}.", always=True)
     return 1 if failed else 0
+
+
+def nothing_selected(plan: WarmPlan, split: str) -> str:
+    """Why ``warm`` has no ids to fetch."""
+    reader = plan.reader
+    if reader.if_missing == "drop" and reader.stored_ids:
+        return (
+            "all ids lack a channel of density_type, so missing: drop leaves none. Where "
+            "only input or label has it, write density_type: {data: ..., label: ...}."
+        )
+    if not plan.missing:
+        part = "has no ids" if split == "all" else f"has no ids in the {split} set"
+        return f"{reader.functional} {part}. Check functional and map_dir ({reader.map_dir})."
+    directories = f"{reader.origin('data').url} and {reader.origin('label').url}"
+    return (
+        f"none of the {plural(len(plan.missing), 'id')} of {reader.functional} has a store "
+        f"in {directories}. Check data_dir, label_dir and source ({reader.source}): the stores are "
+        "<task_id>.zarr or .zarr.zip, or files <task_id>.json.gz or .CHGCAR, directly below them."
+    )
+
+
+def format_warm_estimate(plan: WarmPlan, estimate: WarmEstimate) -> str:
+    """One line for ``warm --dry-run``."""
+    densities = plural(plan.trusted + len(plan.densities), "density", "densities")
+    about = ""
+    if estimate.compared < len(plan.densities):
+        about = f" (extrapolated from {count(estimate.compared)})"
+    return (
+        f"Would fetch {count(estimate.to_fetch)} of {densities} of "
+        f"{plural(len(plan.task_ids), 'id')}{about} "
+        f"({format_bytes(estimate.fetch_bytes)}, {plural(estimate.requests, 'request')}); "
+        f"{count(estimate.fresh)} fresh. "
+        "Dry run: nothing was fetched."
+    )
+
+
+def estimate_notes(plan: WarmPlan, estimate: WarmEstimate) -> list[str]:
+    """Hints for the user after ``warm --dry-run``, one per line."""
+    notes = []
+    if estimate.lacking and not estimate.refusal:
+        note = _lacking_note(estimate.lacking, plan.reader.if_missing)
+        if estimate.compared < len(plan.densities):
+            note = f"Of {count(estimate.compared)} densities compared: {note}"
+        notes.append(note)
+    if estimate.unread:
+        notes.append(
+            f"Which channels {plural(estimate.unread, 'file')} (CHGCAR, json.gz, .zarr.zip) have "
+            "shows only when they are read: without --dry-run."
+        )
+    return notes
+
+
+def format_warm_report(report: WarmReport, directory: object) -> str:
+    """One line for ``warm``."""
+    fresh = f"; {count(report.fresh)} fresh already" if report.fresh else ""
+    cost = f"{format_bytes(report.nbytes)}, {plural(report.stats.requests, 'request')}{fresh}"
+    return (
+        f"Warmed {count(report.warm)} of {plural(report.ids, 'id')} ({cost}) in {directory} in "
+        f"{duration(report.seconds)}; {count(len(report.failed_ids))} failed."
+    )
+
+
+def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
+    """Hints for the user after ``warm``, one per line."""
+    notes = []
+    if plan.trusted and not plan.revalidate:
+        trusted = plural(plan.trusted, "density was", "densities were")
+        notes.append(
+            f"{trusted} in the cache already, and not compared with the origin (cache.revalidate: "
+            "never). Pass --revalidate to compare."
+        )
+    if any(result.is_gone for result in report.failed) and not plan.revalidate:
+        notes.append(
+            "If stores were moved or removed since the directories were last listed, pass "
+            "--revalidate to list them again."
+        )
+    if report.unequal:
+        names = ", ".join(report.unequal[:5]) + (", …" if report.unequal[5:] else "")
+        notes.append(
+            f"{plural(len(report.unequal), 'id')} with input and label on different grids: "
+            f"{names}. If the network needs equal grids, leave them out of the map."
+        )
+    if report.lacking and not report.refusal:
+        notes.append(_lacking_note(report.lacking, plan.reader.if_missing))
+    if any(result.is_absent for result in report.failed) and not report.refusal:
+        notes.append(
+            "Set missing: zero, which fills a channel that is absent with zeros, or missing: drop, "
+            "which leaves out the materials that lack one."
+        )
+    if report.untried:
+        limit = format_bytes(plan.limit_bytes or 0)
+        notes.append(f"{plural(report.untried, 'id')} left out: --limit ({limit}) is reached.")
+    is_full = report.bypassed and not report.stats.cache_errors and not report.is_disk_full
+    if is_full and report.warm:
+        notes.append(_limit_reached(plan, report))
+    return notes
+
+
+def warm_errors(plan: WarmPlan, report: WarmReport) -> list[str]:
+    """Why ``warm`` fails, beside densities that cannot be read, one per line."""
+    if report.stats.cache_errors:
+        times = plural(report.stats.cache_errors, "time")
+        advice = "Run `zarrcache doctor` with the same config."
+        return [f"the cache in {plan.cache.dir} failed {times}, see above. {advice}"]
+    if report.bypassed and report.is_disk_full:
+        left_out = f"{plural(len(report.bypassed), 'id')} did not fit"
+        full = f"the disk of {plan.cache.dir} is full, or cache.min_free is reached"
+        advice = "Free space there, or choose a larger disk."
+        needed = f"{_needed(report)}. " if report.needed_bytes else ""
+        return [f"{left_out}: {full}. {needed}{advice}"]
+    return [_limit_reached(plan, report)] if report.bypassed and not report.warm else []
+
+
+def _limit_reached(plan: WarmPlan, report: WarmReport) -> str:
+    raise_it = f"{_needed(report)}: raise" if report.needed_bytes else "Raise"
+    smaller = ""
+    if plan.cache.arrays.encoding == FLOAT32:
+        smaller = " Entries in float16 take half the room (cache.arrays.encoding)."
+    return (
+        f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit "
+        f"({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and training will read "
+        "what did not fit from the origin in every epoch. "
+        f"{raise_it} cache.limit, or free space with `zarrcache evict`.{smaller}"
+    )
+
+
+def _needed(report: WarmReport) -> str:
+    return f"The cache needs about {format_bytes(report.needed_bytes)} on disk for all ids"
+
+
+def _lacking_note(task_ids: Sequence[str], missing: Missing) -> str:
+    """What becomes of ids that lack a channel."""
+    becomes = {"zero": "it is zero there", "drop": "they are left out of the split"}
+    lack = "lacks" if len(task_ids) == 1 else "lack"
+    names = ", ".join(task_ids[:5]) + (", …" if task_ids[5:] else "")
+    return (
+        f"{plural(len(task_ids), 'id')} {lack} a channel of density_type; {becomes[missing]} "
+        f"(missing: {missing}): {names}."
+    )

@@ -15,7 +15,7 @@ from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_evict, plan_warm
 from zarrcache._units import format_bytes, parse_bytes
-from zarrcache.cli.format import format_warm_estimate, warm_errors, warm_notes
+from zarrcache.cli.warm import format_warm_estimate, warm_errors, warm_notes
 from zarrcache.data.reader import open_reader
 from zarrcache.disk.entry import read_header
 from zarrcache.ops.status import read_status
