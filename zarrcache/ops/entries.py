@@ -72,19 +72,23 @@ def list_entries(
         _, url = origin_and_url(row)
         name = url.rpartition("/")[2]
         task_id = stem_of(name) or name
-        if (
-            not fnmatch.fnmatchcase(task_id, match)
-            or (wanted is not None and task_id not in wanted)
-            or (selection is not None and selection.store_of(row) is None)
-        ):
+        if not fnmatch.fnmatchcase(task_id, match):
             continue
+        if wanted is not None and task_id not in wanted:
+            continue
+        role = ""
+        if selection is not None:
+            store = selection.store_of(row)
+            if store is None:
+                continue
+            role = selection.roles_of(store[0])
         header = stored_header(index, row.digest)
         if header is None and index.lookup(row.digest) is None:
             continue  # evicted meanwhile
         found.append(
             CachedDensity(
                 task_id=task_id,
-                role="" if selection is None else selection.roles_of(row),
+                role=role,
                 url=url,
                 array=header.key.source_array if header else "",
                 units=header.key.units if header else "",

@@ -270,19 +270,12 @@ class Selection:
                 found.append(text)
         return found
 
-    def roles_of(self, row: Row) -> str:
-        """``data``, ``label``, ``data+label`` for a directory of both, or empty for neither."""
-        endpoint, url = origin_and_url(row)
-        found = (
-            role
-            for role, origin in self._origins.items()
-            if (endpoint, url.rpartition("/")[0])
-            == (
-                origin.identity,
-                origin.url_of("").rstrip("/"),
-            )
+    def roles_of(self, origin: Origin) -> str:
+        """``data``, ``label``, or ``data+label`` for a directory of both."""
+        own = origin.identity, origin.url_of("")
+        return "+".join(
+            role for role, of in self._origins.items() if (of.identity, of.url_of("")) == own
         )
-        return "+".join(found)
 
     def store_of(self, row: Row) -> tuple[Origin, str] | None:
         """Origin and name of an entry's store; None if the store is not selected."""
