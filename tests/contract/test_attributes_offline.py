@@ -20,7 +20,7 @@ from tests.support.s3server import S3Server
 from tests.support.stores import STRUCTURE, small_group
 from zarrcache import ZarrS3Reader, plan_warm
 from zarrcache._keys import ArrayKey, Role
-from zarrcache.cache.attributes import StoredAttributes
+from zarrcache.arrays import StoreAttributes
 from zarrcache.cache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import LISTING
@@ -245,6 +245,10 @@ def test_a_density_without_attributes_leaves_none_of_its_last_version(
     assert reader.structure("mp-2") == STRUCTURE
     small_group(stores / "data" / "mp-1.zarr", seed=9)
     plan_warm(config, workers=1, revalidate=True).execute()
+    if not uses_warm:
+        with pytest.raises(IncompleteArrayError, match="read the density again"):
+            reader.structure("mp-1")  # the caller may still have the density of the last version
+        reader.load("mp-1", "data")
     assert reader.structure("mp-1") == STRUCTURE
 
 
@@ -350,11 +354,8 @@ def test_the_metadata_of_an_open_store_is_of_the_version_of_its_cached_density(
     _write(stores, 2)
     group = reader.read_zarr_store(path)
     assert np.all(reader.read_charge_density(group)[0] == 1)
-    if revalidate == "run":
-        with pytest.raises(IncompleteArrayError, match="has changed since"):
-            reader.get_metadata(group)
-    else:  # which were stored with the attributes when `_check_versions` read these
-        assert reader.get_metadata(group)["structure"]["lattice"]["matrix"][0][0] == 1
+    # Which were stored when `_check_versions` read them.
+    assert reader.get_metadata(group)["structure"]["lattice"]["matrix"][0][0] == 1
     fresh = make_reader(tmp_path, stores, cache={"dir": tmp_path / "other"})
     assert np.all(fresh.load("mp-1", "label")[0] == 2)
     _write(stores, 1)
@@ -364,16 +365,23 @@ def test_the_metadata_of_an_open_store_is_of_the_version_of_its_cached_density(
         fresh.get_metadata(group)
 
 
-def test_a_store_that_changes_during_a_run_is_refused_where_the_run_has_compared_it(
+def test_a_store_that_changes_during_a_run_keeps_its_attributes_or_is_refused(
     stores: Path, tmp_path: Path
 ) -> None:
+    """Where the run has compared the density: they are kept once they were read."""
     _write(stores, 1)
     reader = make_reader(tmp_path, stores, cache={"revalidate": "run"})
     _check_versions(reader, 1)
+    _check_versions(reader, 1, "label")
     _write(stores, 2)
     _check_versions(reader, 1)
+    assert reader.volume("mp-1") == 1
+    unread = make_reader(tmp_path, stores, cache={"revalidate": "run"})
+    unread.load("mp-1", "data")
+    _write(stores, 3)
     with pytest.raises(IncompleteArrayError, match="has changed since"):
-        reader.volume("mp-1")
+        unread.volume("mp-1")
+    _write(stores, 2)
     reader = make_reader(tmp_path, stores, cache={"revalidate": "run"})
     assert reader.volume("mp-1") == pytest.approx(8)
     _check_versions(reader, 2)
@@ -394,6 +402,49 @@ def test_a_density_of_another_cache_that_is_not_stored_here_does_not_meet_newer_
         with pytest.raises(IncompleteArrayError, match="has changed since"):
             reader.volume("mp-1")
     assert reader.stats.bypasses == reader.stats.lower_hits == 2
+
+
+def test_attributes_are_of_the_density_that_was_read_last(stores: Path, tmp_path: Path) -> None:
+    """Although another process has replaced or evicted its entry since."""
+    _write(stores, 1)
+    reader = make_reader(tmp_path, stores, cache={})
+    _check_versions(reader, 1)
+    _write(stores, 2)
+    plan_warm(make_reader(tmp_path, stores, cache={}), workers=1, revalidate=True).execute()
+    with pytest.raises(IncompleteArrayError, match="read the density again"):
+        reader.volume("mp-1")
+    _check_versions(reader, 2)
+    assert reader.volume("mp-1") == pytest.approx(8)
+    _write(stores, 3)
+    other = make_reader(tmp_path, stores, cache={})
+    assert other.cache.arrays is not None
+    other.cache.arrays.drop(other.key("mp-1", "data"))
+    assert np.all(other.load("mp-1", "data")[0] == 3)
+    other.cache.arrays.drop(other.key("mp-1", "data"))
+    assert other.volume("mp-1") == pytest.approx(27)
+    with pytest.raises(IncompleteArrayError, match="read the density again"):
+        reader.volume("mp-1")
+
+
+def test_attributes_of_a_density_that_look_ahead_lent_are_of_its_version(
+    stores: Path, tmp_path: Path
+) -> None:
+    """It is removed when it is read."""
+    _write(stores, 1)
+    plan_warm(make_reader(tmp_path, stores, cache={"dir": tmp_path / "lower"})).execute()
+    options = {"lower": tmp_path / "lower", "limit": "64 KiB"}
+    ahead = make_reader(tmp_path, stores, cache=options)
+    loans = ahead.cache.lend(40 << 10)
+    for id_ in ("mp-2", "mp-3", "mp-1"):
+        for role in ("label", "data"):
+            ahead.load(id_, role)
+    assert ahead.key("mp-1", "data").digest in loans
+    _write(stores, 2)
+    reader = make_reader(tmp_path, stores, cache=options)
+    _check_versions(reader, 1)
+    assert (reader.stats.hits, reader.stats.misses) == (1, 0)
+    with pytest.raises(IncompleteArrayError, match="read the density again"):
+        reader.volume("mp-1")
 
 
 def test_a_row_that_cannot_be_replaced_is_not_used(stores: Path, tmp_path: Path) -> None:
@@ -423,14 +474,14 @@ def test_a_thousand_rows_are_some_dozens_of_files(tmp_path: Path, cache: Cache) 
     packs, origin = cache.attributes, cache.origin(str(tmp_path))
     assert packs is not None
     assert cache.index is not None
-    expected = {f"mp-{n}.zarr": StoredAttributes({"n": n, "é": [None]}, 2) for n in range(1000)}
+    expected = {f"mp-{n}.zarr": StoreAttributes({"n": n, "é": [None]}, 2) for n in range(1000)}
     for name, stored in expected.items():
         assert packs.put(origin, name, stored)
     assert all(packs.get(origin, name) == stored for name, stored in expected.items())
     assert packs.get(origin, "mp-1000.zarr") is None
     assert packs.get(cache.origin(str(tmp_path / "other")), "mp-1.zarr") is None
     assert sum(1 for _ in cache.index.dir.files()) < 100
-    replaced = StoredAttributes({"n": "other"}, 3)
+    replaced = StoreAttributes({"n": "other"}, 3)
     for name in ("mp-0.zarr", "mp-999.zarr"):
         assert packs.put(origin, name, replaced)
         assert packs.get(origin, name) == replaced
@@ -440,7 +491,7 @@ def test_a_damaged_pack_is_a_miss_and_is_written_again(tmp_path: Path, cache: Ca
     packs, origin = cache.attributes, cache.origin(str(tmp_path))
     assert packs is not None
     assert cache.index is not None
-    row = StoredAttributes({"a": 1}, 2)
+    row = StoreAttributes({"a": 1}, 2)
     packs.put(origin, "mp-1.zarr", row)
     (file,) = cache.index.dir.files()
     raw = bytearray(file.read_bytes())
@@ -457,7 +508,7 @@ def test_rows_that_have_no_room_are_not_stored(tmp_path: Path) -> None:
     packs, origin = small.attributes, small.origin(str(tmp_path))
     assert packs is not None
     noise = np.random.default_rng(0).integers(0, 2**31, 4000).tolist()
-    assert not packs.put(origin, "mp-1.zarr", StoredAttributes({"a": noise}, 2))
+    assert not packs.put(origin, "mp-1.zarr", StoreAttributes({"a": noise}, 2))
     assert packs.get(origin, "mp-1.zarr") is None
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from zarrcache.arrays.attributes import metadata_in, metadata_of, read_attributes
+from zarrcache.arrays.attributes import (
+    StoreAttributes,
+    metadata_in,
+    metadata_of,
+    read_attributes,
+)
 from zarrcache.arrays.decode import (
     MAX_DOCUMENT_BYTES,
     check_metadata,
@@ -70,6 +75,7 @@ __all__ = [
     "Kind",
     "OriginArray",
     "PymatgenMissingError",
+    "StoreAttributes",
     "ZippedStore",
     "as_density",
     "cell_volume",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from zarrcache._keys import density_array
+from zarrcache._keys import source_digest
 from zarrcache.arrays.decode import (
     FORMATS,
     attributes_in,
@@ -17,22 +17,38 @@ from zarrcache.arrays.decode import (
     metadata_key,
 )
 from zarrcache.arrays.density_file import HEAD, structure_of, structure_of_poscar
-from zarrcache.arrays.listing import OriginArray, check_sizes, list_array
+from zarrcache.arrays.listing import OriginArray, check_sizes, list_array, objects_of
 from zarrcache.arrays.npy_files import ATOMS
 from zarrcache.arrays.sources import is_fetched_whole, is_unconverted
 from zarrcache.arrays.unconverted import unconverted_attributes
 from zarrcache.arrays.zip import ZippedStore, attributes_in_zip
 from zarrcache.errors import OriginNotFoundError, SchemaError
-from zarrcache.origin import Origin
 
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["metadata_in", "metadata_of", "read_attributes"]
+__all__ = ["StoreAttributes", "metadata_in", "metadata_of", "read_attributes"]
 
 
-def read_attributes(origin: Origin, store: str) -> tuple[dict[str, Any], int]:
-    """The attributes of a store, and its format: 2, 3, or 0 of a file. One LIST and one GET.
+class StoreAttributes(NamedTuple):
+    """The attributes of a store.
+
+    Attributes
+    ----------
+    attributes : dict
+    zarr_format : int
+        2 or 3; 0 for a file of VASP or the Materials Project.
+    sources : tuple of str
+        Digests of the objects of each density that the attributes belong to.
+    """
+
+    attributes: dict[str, Any]
+    zarr_format: int
+    sources: tuple[str, ...] = ()
+
+
+def read_attributes(arrays: Sequence[OriginArray]) -> StoreAttributes:
+    """Read the attributes of the store of ``arrays``, which may be absent: one LIST and one GET.
 
     A zipped store and a file are fetched whole.
 
@@ -40,26 +56,30 @@ def read_attributes(origin: Origin, store: str) -> tuple[dict[str, Any], int]:
     ------
     OriginError, IncompleteArrayError, SchemaError
     """
-    url = origin.url_of(store)
+    first = arrays[0]
+    origin, store, url = first.origin, first.store, first.store_url
     if is_fetched_whole(store):
-        listed = list_array(OriginArray(origin, store, density_array("total")))
+        listed = list_array(first)
         check_sizes([o.size_bytes for o in listed], url)
         files = {o.key.rpartition("/")[2]: data for o, data in origin.fetch(listed)}
         if is_unconverted(store):
-            return unconverted_attributes(files, url), 0
+            return StoreAttributes(unconverted_attributes(files, url), 0, (source_digest(listed),))
         (data,) = files.values()
         zipped = ZippedStore(data, url)
         name = "zarr.json" if "zarr.json" in zipped.sizes else ".zattrs"
-        return attributes_in_zip(zipped, name), FORMATS[name]
+        attributes = attributes_in_zip(zipped, name)
+        return StoreAttributes(attributes, FORMATS[name], (source_digest(listed),))
     objects = {obj.key.removeprefix(f"{store}/"): obj for obj in origin.list_objects(f"{store}/")}
     if not objects:
         raise OriginNotFoundError(f"{url} does not exist or is empty.")
+    of_arrays = [objects_of(what, objects.values()) for what in arrays]
+    sources = tuple(source_digest(listed) for listed in of_arrays if listed)
     name = attributes_key(metadata_key(objects))  # as for a density: v3 hides documents of v2
     if name not in objects:
-        return {}, FORMATS[name]
+        return StoreAttributes({}, FORMATS[name], sources)
     check_attributes_size(objects[name].size_bytes, name, url)
     ((_, document),) = origin.fetch([objects[name]])
-    return attributes_in(document, name, url), FORMATS[name]
+    return StoreAttributes(attributes_in(document, name, url), FORMATS[name], sources)
 
 
 def metadata_of(group: zarr.Group) -> dict[str, Any]:

@@ -41,6 +41,7 @@ __all__ = [
     "kept_changing",
     "list_array",
     "no_such_array",
+    "objects_of",
     "stable_listing",
     "unstable_s",
     "wait_until",
@@ -96,6 +97,11 @@ class OriginArray:
         """URL of the store."""
         return self.origin.url_of(self.store)
 
+    @property
+    def has_attributes(self) -> bool:
+        """Whether the attributes of the store are among its objects."""
+        return self.uses_values and is_density(self.array)
+
     @functools.cached_property
     def prefix(self) -> str:
         """Prefix of the keys of a store of many objects."""
@@ -126,35 +132,36 @@ def list_array(what: OriginArray) -> list[ObjectInfo]:
         return listed
     if kind_of(store) == "directory":
         return _list_directory(origin, store)
-    has_attributes = what.uses_values and is_density(what.array)
-    everything = origin.list_objects(f"{store}/" if has_attributes else prefix)
-
-    def of_array(objects: list[ObjectInfo]) -> list[ObjectInfo]:
-        # Neither the array's own attributes nor what an editor or macOS leaves beside the chunks
-        # affects the values: not worth a request, nor a reason to refetch.
-        found = {
-            key: o
-            for o in objects
-            if o.key.startswith(prefix) and is_array_key(key := o.key.removeprefix(prefix))
-        }
-        listed = list(found.values())
-        if found and has_attributes:
-            name = attributes_key(metadata_key(found))
-            for attributes in (o for o in objects if o.key == f"{store}/{name}"):
-                check_attributes_size(attributes.size_bytes, name, what.store_url)
-                listed.append(attributes)
-        return listed
-
-    listed = of_array(everything)
+    everything = origin.list_objects(f"{store}/" if what.has_attributes else prefix)
+    listed = objects_of(what, everything)
     if not listed:
         # A store that is being written may get it next: only a stable listing shows absence.
         everything = stable_listing(lambda: origin.list_objects(f"{store}/"), what.store_url)
         if not everything:
             raise OriginNotFoundError(f"{what.store_url} does not exist or is empty.")
-        listed = of_array(everything)
+        listed = objects_of(what, everything)
     if not listed:
         keys = (o.key.removeprefix(f"{store}/") for o in everything)
         raise no_such_array(what.store_url, what.array, keys)
+    return listed
+
+
+def objects_of(what: OriginArray, objects: Iterable[ObjectInfo]) -> list[ObjectInfo]:
+    """The objects of an array, as `list_array`, among those of its store of many objects.
+
+    Neither the array's own attributes nor what an editor or macOS leaves beside the chunks affects
+    the values: not worth a request, nor a reason to refetch.
+    """
+    by_key = {obj.key: obj for obj in objects}
+    keys = [key.removeprefix(what.prefix) for key in by_key if key.startswith(what.prefix)]
+    found = list(filter(is_array_key, keys))
+    listed = [by_key[what.prefix + key] for key in found]
+    if found and what.has_attributes:
+        name = attributes_key(metadata_key(found))
+        attributes = by_key.get(f"{what.store}/{name}")
+        if attributes is not None:
+            check_attributes_size(attributes.size_bytes, name, what.store_url)
+            listed.append(attributes)
     return listed
 
 

@@ -1,9 +1,8 @@
 from .attributes import PACK as PACK
-from .attributes import UNKNOWN as UNKNOWN
-from .attributes import StoredAttributes as StoredAttributes
 from .byte_tier import read_range as read_range
 from .cache import CONTENTS as CONTENTS
 from .cache import Cache as Cache
+from .read_through import AttributesThrough as AttributesThrough
 from .read_through import ReadThrough as ReadThrough
 from .read_through import OnFlaws as OnFlaws
 from .read_through import Outcome as Outcome

@@ -5,6 +5,9 @@ never evicted. A directory has one pack of level 0, and up to `_FAN` ** n of lev
 of a store's name selects one pack of each level, and its row is in the first of these that had room
 (`_ROWS` rows). So the search for a row ends at the first pack that has room, and a row is added by
 writing one pack. A directory of 50 stores has one pack, one of 100,000 about 4,900.
+
+A row names the sources of the densities that its attributes belong to. One that has outlived its
+density is not removed; it belongs to no other.
 docs/explanation/decisions/026-attributes-in-packs.md has what was rejected.
 """
 
@@ -14,45 +17,26 @@ import contextlib
 import json
 import zlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from zarrcache._keys import ArrayKey
 from zarrcache._units import most_bytes
+from zarrcache.arrays import StoreAttributes
 from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk import BLOCK_BYTES, CACHE_FAULTS, disk_bytes
 from zarrcache.origin import Origin
 
-__all__ = ["PACK", "UNKNOWN", "AttributePacks", "StoredAttributes"]
+__all__ = ["PACK", "AttributePacks"]
 
 _ROWS, _FAN, _LEVELS = 64, 4, 10
 _LENGTH_BYTES = 4
 #: Assumed size of a row while none is stored, and of its name.
 _TYPICAL_BYTES, _NAME_BYTES = 2048, 32
-#: The row of a store whose stored attributes are outdated. It is not removed: its pack would have
-#: room again, which ends the search for rows of higher levels.
-_NOTHING = b""
+#: Most sources in a row: those of a store's channels, and of versions before.
+_SOURCES = 16
 #: Begins the name of a pack below its directory.
 PACK = ".attributes-"
-
-
-class StoredAttributes(NamedTuple):
-    """The attributes of a store.
-
-    Attributes
-    ----------
-    attributes : dict
-    zarr_format : int
-        2 or 3; 0 for a file of VASP or the Materials Project.
-    """
-
-    attributes: dict[str, Any]
-    zarr_format: int
-
-
-#: Those of a density that another cache gave, perhaps of another version than the stored row.
-UNKNOWN = StoredAttributes({}, -1)
 
 
 class AttributePacks:
@@ -68,40 +52,29 @@ class AttributePacks:
 
     def __init__(self, entries: ArrayCache) -> None:
         self._entries = entries
-        self._outdated: set[str] = set()  # URLs of stores whose rows could not be written
 
-    def get(self, origin: Origin, store: str) -> StoredAttributes | None:
+    def get(self, origin: Origin, store: str) -> StoreAttributes | None:
         """The attributes of ``store``; None if they are not stored."""
-        if self._outdated and origin.url_of(store) in self._outdated:
-            return None
-        row = self._row(origin, store)
-        return None if row is None else _unpacked(row)
-
-    def renew(self, origin: Origin, store: str, found: StoredAttributes) -> None:
-        """Replace a row, if there is one. If ``found`` has no attributes, mark it as outdated."""
-        row = self._row(origin, store)
-        if row is not None and (found.attributes or row != _NOTHING):
-            self.put(origin, store, found)
-
-    def put(self, origin: Origin, store: str, found: StoredAttributes) -> bool:
-        """Store a row, or replace it. Returns whether it is stored.
-
-        If not, or if ``found`` has no attributes, :meth:`get` returns None from then on.
-        """
-        is_stored = self._put(origin, store, found)
-        (self._outdated.discard if is_stored else self._outdated.add)(origin.url_of(store))
-        return is_stored
-
-    def _put(self, origin: Origin, store: str, found: StoredAttributes) -> bool:
-        row = _packed(found) if found.attributes else _NOTHING
         for key in _path(origin, store):
             rows = self._rows(key)
-            if rows.get(store) == row:
-                return True
-            if len(rows) < _ROWS or store in rows:
+            if store in rows or len(rows) < _ROWS:
+                return _unpacked(rows.get(store, b""))
+        return None
+
+    def put(self, origin: Origin, store: str, found: StoreAttributes) -> bool:
+        """Store a row, or replace it. Returns whether it is stored.
+
+        A row of the same attributes keeps its sources.
+        """
+        for key in _path(origin, store):
+            rows = self._rows(key)
+            if store in rows or len(rows) < _ROWS:
+                if rows.get(store) == _packed(_merged(rows, store, found)):
+                    return True
                 with self._entries.flight.hold(key.digest):
                     rows = self._rows(key)  # another process may have added some
                     if len(rows) < _ROWS or store in rows:
+                        row = _packed(_merged(rows, store, found))
                         return self._write(key, {**rows, store: row})
         return False
 
@@ -134,13 +107,6 @@ class AttributePacks:
         if len(rows) >= _ROWS and level + 1 < _LEVELS:
             for part in range(_FAN):
                 yield from self._all(origin, level + 1, number + part * _FAN**level)
-
-    def _row(self, origin: Origin, store: str) -> bytes | None:
-        for key in _path(origin, store):
-            rows = self._rows(key)
-            if store in rows or len(rows) < _ROWS:
-                return rows.get(store)
-        return None
 
     def _rows(self, key: ArrayKey) -> dict[str, bytes]:
         entry = self._entries.get(key)
@@ -188,18 +154,28 @@ def _key(origin: Origin, level: int, number: int) -> ArrayKey:
     return ArrayKey(origin.identity, origin.url_of(f"{PACK}{level}-{number}"), "")
 
 
-def _packed(found: StoredAttributes) -> bytes:
-    text = json.dumps([found.zarr_format, found.attributes], separators=(",", ":"))
+def _merged(rows: Mapping[str, bytes], store: str, found: StoreAttributes) -> StoreAttributes:
+    """``found``, with the sources of the row that it replaces if that has the same attributes."""
+    old = _unpacked(rows.get(store, b""))
+    if old is None or old[:2] != found[:2]:
+        return found
+    sources = dict.fromkeys([*old.sources, *found.sources])
+    return found._replace(sources=tuple(sources)[-_SOURCES:])
+
+
+def _packed(found: StoreAttributes) -> bytes:
+    text = json.dumps(found, separators=(",", ":"))
     return zlib.compress(text.encode("utf-8", "surrogatepass"), 1)
 
 
-def _unpacked(row: bytes) -> StoredAttributes | None:
-    if row == _NOTHING:
-        return None
+def _unpacked(row: bytes) -> StoreAttributes | None:
     try:
-        zarr_format, attributes = json.loads(zlib.decompressobj().decompress(row, most_bytes()))
+        raw = zlib.decompressobj().decompress(row, most_bytes())
+        attributes, zarr_format, sources = json.loads(raw)
     except (zlib.error, ValueError, TypeError, RecursionError):
-        return None  # a pack that this package did not write
-    if not isinstance(attributes, dict) or zarr_format not in (0, 2, 3):
+        return None  # there is no row, or a pack that this package did not write
+    if not (isinstance(attributes, dict) and isinstance(sources, list)):
         return None
-    return StoredAttributes(attributes, zarr_format)
+    if zarr_format not in (0, 2, 3) or not all(isinstance(source, str) for source in sources):
+        return None
+    return StoreAttributes(attributes, zarr_format, tuple(sources))

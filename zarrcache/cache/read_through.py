@@ -6,17 +6,26 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import FLOAT32, ArrayKey, ObjectInfo, Units, source_digest, stored_array
+from zarrcache._keys import (
+    FLOAT32,
+    ArrayKey,
+    ObjectInfo,
+    Units,
+    is_density,
+    source_digest,
+    stored_array,
+)
 from zarrcache._units import counted
 from zarrcache.arrays import (
     Decoded,
     OriginArray,
+    StoreAttributes,
     as_density,
     count_nonfinite,
     density_of_group,
@@ -25,7 +34,6 @@ from zarrcache.arrays import (
     read_array,
     read_attributes,
 )
-from zarrcache.cache.attributes import UNKNOWN, StoredAttributes
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.tiers import ArrayCache
@@ -37,7 +45,7 @@ from zarrcache.stats import LogOnce, SharedSet
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["OnFlaws", "Outcome", "ReadThrough"]
+__all__ = ["AttributesThrough", "OnFlaws", "Outcome", "ReadThrough"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +53,11 @@ logger = logging.getLogger(__name__)
 Outcome = Literal["hit", "miss", "bypass"]
 #: Called with what is wrong with a density that was read.
 OnFlaws = Callable[[Flaws], object]
-#: Called with the attributes of a store that was read.
-OnAttributes = Callable[[StoredAttributes], object]
+#: Called with the attributes of a store whose density was decoded.
+OnAttributes = Callable[[StoreAttributes], object]
 
+#: Stores whose version is remembered, per channel and process.
+_SOURCES = 10_000
 #: A slow disk, in seconds per byte, while an entry is stored: 64 MiB/s.
 _STORE_S_PER_BYTE = 1 / (64 * 2**20)
 
@@ -65,12 +75,13 @@ class _Sought(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A density that was read, and the attributes of its store; None if it was cached."""
+    """A density that was read, and the attributes of its store if it was decoded here."""
 
     values: NDArray[np.float32]
     outcome: Outcome
     flaws: Flaws
-    attributes: StoredAttributes | None = None
+    source: str
+    attributes: StoreAttributes | None = None
 
 
 class ReadThrough:
@@ -119,8 +130,8 @@ class ReadThrough:
         self._revalidate = config.revalidate if config is not None else "never"
         self.fills = config is not None and config.missing_chunks == "fill"
         self._log_once = LogOnce()
-        #: Sources of densities that another cache gave and that are not stored here, by store.
-        self._given: dict[str, str] = {}
+        #: Source of the density that the last read of a store gave.
+        self._sources: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         make = functools.partial(ReadThrough, units=self._units, siblings=self._siblings)
@@ -152,6 +163,19 @@ class ReadThrough:
             self._origin, store, self._array, self._units, self.fills, self._siblings
         )
 
+    @property
+    def has_attributes(self) -> bool:
+        """Whether the attributes of a store are decoded with its density."""
+        return is_density(self._array)
+
+    def origin_array(self, store: str) -> OriginArray:
+        """The array as reads see it now: without the array tier, through the byte tier."""
+        what = self._of(store)
+        if self._arrays is not None:
+            return what
+        below = self._below(relist=not self._is_trusted(self.key(store)))
+        return dataclasses.replace(what, origin=below)
+
     def read(
         self,
         store: str,
@@ -174,29 +198,27 @@ class ReadThrough:
         on_flaws : callable, optional
             Called if the density has flaws. They are also logged, once per density.
         on_attributes : callable, optional
-            Called with the attributes of the store if the density is decoded here. Default: they
-            replace those that are stored, if any are.
+            Called with the attributes of the store if the density is decoded here.
         """
         key, listed, source = self.key(store), None, None
         is_due = revalidate or not self._is_trusted(key)
-        outcome: Outcome
         if self._arrays is None:
-            values, outcome, flaws, _ = self._past_the_array_tier(store, relist=is_due)
+            values, outcome, flaws, _, _ = self._past_the_array_tier(store, relist=is_due)
         else:
             if is_due:
                 listed = self.listing(store)
                 source = source_digest(listed)
             entry = self._arrays.get(key, source=source)
             if entry is not None:
-                values, outcome, flaws = entry.array, "hit", entry.header.flaws
+                values, outcome = entry.array, "hit"
+                flaws, source = entry.header.flaws, entry.header.source
             else:
                 sought = _Sought(key, self._of(store), listed, source)
-                values, outcome, flaws, attributes = self._missed(self._arrays, sought, reserve)
+                found = self._missed(self._arrays, sought, reserve)
+                values, outcome, flaws, source, attributes = found
                 if attributes is not None and on_attributes is not None:
                     on_attributes(attributes)
-                elif attributes is not None and self._cache.attributes is not None:
-                    # Else a sample would have the grid of this version and an older lattice.
-                    self._cache.attributes.renew(self._origin, store, attributes)
+            self._remember(store, source)
         if is_due:
             self._checked.add(key.digest)
         if flaws is not SOUND:
@@ -225,8 +247,14 @@ class ReadThrough:
         if entry.header.flaws is not SOUND:
             self._report(key, entry.header.flaws, None)
         self._counters.add(hits=1)
+        self._remember(store, entry.header.source)
         grid = entry.grid
         return LazyGrid(grid.stored, grid.stored_as, self._served), "hit"
+
+    def _remember(self, store: str, source: str) -> None:
+        if len(self._sources) >= _SOURCES:
+            self._sources.clear()
+        self._sources[store] = source
 
     def _is_trusted(self, key: ArrayKey) -> bool:
         """Whether the next read takes an entry without comparing it with the origin."""
@@ -256,7 +284,7 @@ class ReadThrough:
             # Another process may have fetched it meanwhile.
             entry = arrays.get(key, source=source)
             if entry is not None:
-                return _Found(entry.array, "hit", entry.header.flaws)
+                return _Found(entry.array, "hit", entry.header.flaws, entry.header.source)
             if key.exact is not None:
                 encoded = self._encoded(arrays, sought, key.exact)
                 if encoded is not None:
@@ -273,12 +301,9 @@ class ReadThrough:
             taken = lookup.take() if lookup is not None else None
             if taken is not None:
                 values = as_density(taken.array, key.url, self._array)
-                if taken.is_stored:
-                    return _Found(values, "miss", taken.flaws, UNKNOWN)
-                self._given[what.store] = taken.source
-                return _Found(values, "bypass", taken.flaws, UNKNOWN)
+                outcome: Outcome = "miss" if taken.is_stored else "bypass"
+                return _Found(values, outcome, taken.flaws, taken.source)
             decoded = read_array(what, listed=listed, reserve=reserve)
-            self._given.pop(what.store, None)
             values, flaws = self._as_density(decoded, key.url)
             if lookup is not None:
                 lookup.report_progress(values.nbytes * _STORE_S_PER_BYTE)
@@ -287,8 +312,9 @@ class ReadThrough:
                 lookup.is_stored = is_stored
             for name, other in decoded.others.items():
                 self._store_other(arrays, key.url, name, other, decoded)
-        attributes = StoredAttributes(decoded.attributes, decoded.zarr_format)
-        return _Found(values, "miss" if is_stored else "bypass", flaws, attributes)
+        source = decoded.source
+        attributes = StoreAttributes(decoded.attributes, decoded.zarr_format, (source,))
+        return _Found(values, "miss" if is_stored else "bypass", flaws, source, attributes)
 
     def _stored(
         self, arrays: ArrayCache, entry: Entry, replaces: ArrayKey | None = None
@@ -339,7 +365,7 @@ class ReadThrough:
 
     def _encoded(self, arrays: ArrayCache, sought: _Sought, exact: ArrayKey) -> _Found | None:
         """Encode the density from its entry in float32, if there is one, and replace that."""
-        key, what, _, source = sought
+        key, _, _, source = sought
         remote = self._cache.remote
         own = arrays.get(exact, source=source)
         entry = remote.lower(exact, source) if own is None and remote is not None else own
@@ -351,12 +377,8 @@ class ReadThrough:
             new_entry(key, values, header.source, header.flaws),
             exact if own is not None else None,
         )
-        if own is not None:
-            return _Found(values, "hit", header.flaws)
-        if is_stored:
-            return _Found(values, "miss", header.flaws, UNKNOWN)
-        self._given[what.store] = header.source
-        return _Found(values, "bypass", header.flaws, UNKNOWN)
+        outcome: Outcome = "hit" if own is not None else "miss" if is_stored else "bypass"
+        return _Found(values, outcome, header.flaws, header.source)
 
     def _report(self, key: ArrayKey, flaws: Flaws, on_flaws: OnFlaws | None) -> None:
         """Say what is wrong with a density, or raise if the settings do not allow it.
@@ -376,31 +398,28 @@ class ReadThrough:
         if on_flaws is not None:
             on_flaws(flaws)
 
-    def is_outdated(self, store: str, origin: Origin | None = None) -> bool:
-        """Whether ``origin`` (default: that of `read`) has another version than a read gives.
+    def source(self, store: str) -> str | None:
+        """Digest of the objects of the density that the last read gave, or that the next one gives.
 
-        One LIST, if there is an entry, here or in the cache that gave the density last.
+        None: it is not cached, or the next read compares it with the origin.
         """
         key = self.key(store)
         if self._arrays is None or not self._is_trusted(key):
-            return False
-        for one in (key, key.exact):
-            source = None if one is None else self._cache.stored_source(one)
-            if source is not None:
-                break
-        else:
-            source = self._given.get(store)
-        if source is None:
-            return False
-        what = dataclasses.replace(self._of(store), origin=origin or self._origin)
-        return source_digest(list_array(what)) != source
+            return None
+        # Of the last read first: the entry may have been replaced or evicted since, and a lent one
+        # or one that was not admitted was never there.
+        source = self._sources.get(store) or self._cache.stored_source(key)
+        if source is None and key.exact is not None:
+            source = self._cache.stored_source(key.exact)
+        return source
 
-    def attributes(self, store: str) -> StoredAttributes:
-        """Attributes of a store: from the origin now, or without the array tier as densities."""
-        origin = self._origin
-        if self._arrays is None:
-            origin = self._below(relist=not self._is_trusted(self.key(store)))
-        return StoredAttributes(*read_attributes(origin, store))
+    def last_source(self, store: str) -> str | None:
+        """`source` of the last read, as far as it is remembered."""
+        return self._sources.get(store)
+
+    def current_source(self, store: str, origin: Origin) -> str:
+        """The same digest of what ``origin`` has now. One LIST."""
+        return source_digest(list_array(dataclasses.replace(self._of(store), origin=origin)))
 
     def of_group(self, group: zarr.Group, where: str) -> NDArray[np.float32]:
         """Read the density of an open group, past the cache."""
@@ -435,4 +454,92 @@ class ReadThrough:
             # The stored listing may be older than the store.
             decoded = decoded_from(self._below(relist=True))
         values, flaws = self._as_density(decoded, what.store_url)
-        return _Found(values, "bypass", flaws)
+        return _Found(values, "bypass", flaws, decoded.source)
+
+
+class AttributesThrough:
+    """Reads attributes of stores, of the versions of the densities that are read.
+
+    Parameters
+    ----------
+    cache : Cache
+    densities : sequence of ReadThrough
+        Channels of one directory.
+    """
+
+    def __init__(self, cache: Cache, densities: Sequence[ReadThrough]) -> None:
+        self._packs, self._densities = cache.attributes, densities
+        self._origin = densities[0]._origin
+        self._revalidate = cache.config.revalidate if cache.config is not None else "never"
+
+    def stored(self, store: str) -> StoreAttributes | None:
+        """The stored attributes of a store; None unless they belong to its densities."""
+        return self._stored(store, [density.source(store) for density in self._densities])
+
+    def read(self, store: str) -> StoreAttributes:
+        """The attributes of a store: stored ones, or from the origin, and then they are stored.
+
+        Without the array tier they come from where the densities do.
+
+        Raises
+        ------
+        IncompleteArrayError
+            The store has changed since a density of it was read or cached.
+        OriginError, SchemaError
+        """
+        return self._read(store, [density.source(store) for density in self._densities])
+
+    def keep(self, store: str, *decoded: StoreAttributes) -> None:
+        """Store the attributes of densities that were read just now, and perhaps decoded.
+
+        Raises
+        ------
+        As `read`.
+        """
+        if self._packs is None:
+            return
+        for found in decoded:
+            if found.attributes:
+                self._packs.put(self._origin, store, found)
+            if found.attributes or self._densities[0].has_attributes:
+                return
+        self._read(store, [density.last_source(store) for density in self._densities])
+
+    def check(self, store: str, sources: Collection[str]) -> None:
+        """Refuse attributes that do not belong to the densities.
+
+        Raises
+        ------
+        IncompleteArrayError
+        """
+        self._check(store, [density.source(store) for density in self._densities], sources)
+
+    def check_group(self, store: str, through: Origin) -> None:
+        """`check` the attributes of a group that was opened with the listing of ``through``."""
+        cached = [density for density in self._densities if density.source(store) is not None]
+        self.check(store, [density.current_source(store, through) for density in cached])
+
+    def _read(self, store: str, wanted: Sequence[str | None]) -> StoreAttributes:
+        found = self._stored(store, wanted)
+        if found is None:
+            found = read_attributes([density.origin_array(store) for density in self._densities])
+            self._check(store, wanted, found.sources)
+            if self._packs is not None and found.attributes:
+                self._packs.put(self._origin, store, found)
+        return found
+
+    def _stored(self, store: str, wanted: Sequence[str | None]) -> StoreAttributes | None:
+        if self._packs is None or (None in wanted and self._revalidate != "never"):
+            return None
+        found = self._packs.get(self._origin, store)
+        if found is None or not set(found.sources).issuperset(filter(None, wanted)):
+            return None
+        return found
+
+    def _check(self, store: str, wanted: Sequence[str | None], sources: Collection[str]) -> None:
+        if not set(sources).issuperset(filter(None, wanted)):
+            raise IncompleteArrayError(
+                f"{self._origin.url_of(store)} has changed since its density was read or cached, "
+                "so its attributes are of another version. Run `zarrcache warm --revalidate`, and "
+                "read the density again."
+            )

@@ -21,8 +21,13 @@ from zarr.abc.store import (
 )
 
 from zarrcache._keys import ObjectInfo, source_digest
-from zarrcache.arrays import ZippedStore, check_sizes, is_chunk_of_nothing, is_file
-from zarrcache.cache.attributes import StoredAttributes
+from zarrcache.arrays import (
+    StoreAttributes,
+    ZippedStore,
+    check_sizes,
+    is_chunk_of_nothing,
+    is_file,
+)
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.chunk_checksums import ChunkChecksums
@@ -70,7 +75,9 @@ class CachedStore(Store):
         self._through = CachedOrigin(origin, cache, relist=relist or not is_trusted)
         self._listing = threading.Lock()
         self._was_there = False
-        self._known: dict[str, bytes | None] = {}
+        #: Attributes that are served without a request (:meth:`know_attributes`).
+        self.known: StoreAttributes | None = None
+        self._documents: dict[str, bytes | None] = {}
         self._sizes: dict[str, int] | None = None
         self._objects: dict[str, ObjectInfo] = {}
         self._by_array: dict[str, ChunkChecksums | None] = {}
@@ -87,24 +94,20 @@ class CachedStore(Store):
         """The origin as this store reads it, with its listing."""
         return self._through
 
-    @property
-    def knows_attributes(self) -> bool:
-        """Whether :meth:`know_attributes` was called, here or where the store was pickled."""
-        return bool(self._known)
-
-    def know_attributes(self, stored: StoredAttributes) -> None:
+    def know_attributes(self, stored: StoreAttributes) -> None:
         """Serve the documents of the root group from these attributes, without a request.
 
         The group then opens without consolidated metadata. Arrays are read as before.
         """
-        attributes, zarr_format = stored
+        self.known = stored
+        attributes, zarr_format = stored.attributes, stored.zarr_format
         group: dict[str, object] = {"zarr_format": zarr_format}
         documents: dict[str, dict[str, object] | None] = dict.fromkeys(_ROOT_DOCUMENTS)
         if zarr_format == 3:
             documents["zarr.json"] = group | {"node_type": "group", "attributes": attributes}
         else:
             documents |= {".zgroup": group, ".zattrs": attributes}
-        self._known = {
+        self._documents = {
             key: None if document is None else json.dumps(document).encode()
             for key, document in documents.items()
         }
@@ -127,13 +130,14 @@ class CachedStore(Store):
             "name": self.name,
             "cache": self.cache,
             "was_there": self._was_there or bool(self._sizes),
-            "known": self._known,
+            "known": self.known,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["origin"], state["name"], state["cache"])  # type: ignore[misc]
         self._was_there = state["was_there"]
-        self._known = state["known"]
+        if state["known"] is not None:
+            self.know_attributes(state["known"])
 
     def with_read_only(self, read_only: bool = False) -> CachedStore:
         if not read_only:
@@ -156,8 +160,8 @@ class CachedStore(Store):
         )
 
     async def exists(self, key: str) -> bool:
-        if key in self._known:
-            return self._known[key] is not None
+        if key in self._documents:
+            return self._documents[key] is not None
         return key in await asyncio.to_thread(self._listed)
 
     async def getsize(self, key: str) -> int:
@@ -198,8 +202,8 @@ class CachedStore(Store):
         )
 
     def _read(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
-        if key in self._known:
-            document = self._known[key]
+        if key in self._documents:
+            document = self._documents[key]
             if document is None:
                 return None
             start, stop = _bounds(byte_range, len(document))
@@ -427,7 +431,7 @@ def open_group(
 
 def group_of(store: CachedStore) -> zarr.Group:
     """The root group of a store."""
-    if not store.knows_attributes and not store.sizes():
+    if store.known is None and not store.sizes():
         raise OriginNotFoundError(f"{store.url} does not exist or is empty.")
     return zarr.open_group(store, mode="r")
 

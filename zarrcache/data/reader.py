@@ -31,30 +31,22 @@ from zarrcache._keys import (
     check_task_id,
     density_array,
     density_name,
-    is_density,
     safe_repr,
     units_of,
 )
 from zarrcache._units import format_bytes
 from zarrcache.arrays import (
+    StoreAttributes,
     cell_volume,
     choose,
     electrons_in,
     ends_of,
     metadata_in,
     metadata_of,
-    read_attributes,
     several_sources,
     sources_of,
 )
-from zarrcache.cache import (
-    UNKNOWN,
-    Cache,
-    OnFlaws,
-    Outcome,
-    ReadThrough,
-    StoredAttributes,
-)
+from zarrcache.cache import AttributesThrough, Cache, OnFlaws, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.absences import Absences
 from zarrcache.data.observers import Read, ReadObserver
@@ -65,7 +57,6 @@ from zarrcache.disk import CACHE_FAULTS, LazyGrid, LazyStack
 from zarrcache.errors import (
     ArrayNotFoundError,
     ConfigError,
-    IncompleteArrayError,
     OriginNotFoundError,
     SchemaError,
 )
@@ -556,9 +547,6 @@ class ZarrS3Reader(PairReader):
             ]
         return found
 
-    def _is_first(self, channel: Channel) -> bool:
-        return channel == next(one for one in self.channels if one.role == channel.role)
-
     def _siblings(self, role: Role, array: str) -> tuple[str, ...]:
         """The other arrays that are read from the same stores."""
         own = self.column(role, array)
@@ -654,19 +642,18 @@ class ZarrS3Reader(PairReader):
         """
         with only_our_errors(f"{task_id} ({role})"):
             store = self.store_name(task_id, role)
-            found: list[StoredAttributes] = []
-            values, outcome = self._density(role, array).read(
+            found: list[StoreAttributes] = []
+            density = self._density(role, array)
+            values, outcome = density.read(
                 store,
                 revalidate=True,
                 reserve=reserve,
                 on_flaws=on_flaws,
-                on_attributes=found.append if keeps_attributes else None,
+                on_attributes=found.append,
             )
+            if keeps_attributes and outcome != "bypass":
+                AttributesThrough(self._cache, [density]).keep(store, *found)
             channel = self.column(role, array or self._arrays[role][0])
-            # A channel that came with another one is a hit; the read of that one keeps them.
-            is_known = bool(found) and found[0] is not UNKNOWN
-            if keeps_attributes and outcome != "bypass" and (is_known or self._is_first(channel)):
-                self._keep_attributes(self._origins[role], store, channel.array, *found)
             if self._lock is not None:
                 for one in self.reads:
                     if self.column(*one) == channel:
@@ -773,7 +760,7 @@ class ZarrS3Reader(PairReader):
         from zarrcache.cache import group_of, store_at
 
         store = store_at(zarr_path, self._cache, self.s3_kwargs)
-        stored = self._stored_attributes(store.origin, store.name)
+        stored = self._attributes_at(store.origin).stored(store.name)
         if stored is not None and stored.zarr_format:
             store.know_attributes(stored)
         return group_of(store)
@@ -820,10 +807,12 @@ class ZarrS3Reader(PairReader):
         _check_group(zarr_store, "get_metadata", "metadata(task_id)")
         store = zarr_store.store
         with only_our_errors(f"metadata of {zarr_store.store_path}"):
-            if isinstance(store, CachedStore) and not store.knows_attributes:
-                for one in self.channels:
-                    if self._density(*one).at(store.origin).is_outdated(store.name, store.through):
-                        raise _other_version(store.url)
+            if isinstance(store, CachedStore):
+                attributes = self._attributes_at(store.origin)
+                if store.known is not None:
+                    attributes.check(store.name, store.known.sources)
+                else:
+                    attributes.check_group(store.name, store.through)
             return metadata_of(zarr_store)
 
     # -- attributes
@@ -839,7 +828,7 @@ class ZarrS3Reader(PairReader):
         SchemaError
             They are not JSON, or ``metadata`` is not a mapping.
         IncompleteArrayError
-            The store has changed since its density was cached.
+            The store has changed since its density was read or cached.
         PymatgenMissingError
             The source is a CHGCAR file, and pymatgen is not installed.
         OriginError
@@ -888,24 +877,15 @@ class ZarrS3Reader(PairReader):
             return electrons_in(self._attributes(role, self.store_name(task_id, role)))
 
     def _attributes(self, role: Role, store: str) -> dict[str, Any]:
-        origin = self._origins[role]
-        stored = self._stored_attributes(origin, store)
-        if stored is None:
-            stored = self._density(role).attributes(store)
-            own = self.column(role, self._arrays[role][0]).role
-            channels = [one for one in self.channels if one.role == own]
-            if any(self._density(*one).is_outdated(store) for one in channels):
-                raise _other_version(origin.url_of(store))
-            # Otherwise they are perhaps newer than the density that the next read replaces.
-            packs = self._cache.attributes if self.trusts_entries else None
-            if stored.attributes and packs is not None:
-                packs.put(origin, store, stored)
-        return stored.attributes
+        own = self.column(role, self._arrays[role][0]).role
+        arrays = [one.array for one in self.channels if one.role == own]
+        densities = [self._density(role, array) for array in arrays]
+        return AttributesThrough(self._cache, densities).read(store).attributes
 
-    def _stored_attributes(self, origin: Origin, store: str) -> StoredAttributes | None:
-        if self._cache.attributes is None or not self.trusts_entries:
-            return None
-        return self._cache.attributes.get(origin, store)
+    def _attributes_at(self, origin: Origin) -> AttributesThrough:
+        """Attributes of stores of any directory."""
+        densities = [self._density(*channel).at(origin) for channel in self.channels]
+        return AttributesThrough(self._cache, densities)
 
     def absent_attributes_bytes(self, task_ids: Collection[str]) -> int:
         """Bytes on disk that the attributes of these ids need beyond those that are stored.
@@ -920,25 +900,6 @@ class ZarrS3Reader(PairReader):
             wanted = {names[task_id] for task_id in task_ids if task_id in names}
             nbytes += packs.needed_bytes(origin, wanted)
         return nbytes
-
-    def _keep_attributes(
-        self, origin: Origin, store: str, array: str, *found: StoredAttributes
-    ) -> None:
-        """Store the attributes that were found with a density; read them if there are none yet."""
-        packs = self._cache.attributes
-        if packs is None:
-            return
-        for stored in found:
-            if stored.attributes:
-                packs.put(origin, store, stored)
-                return
-            packs.renew(origin, store, stored)  # those of the last version are not its own
-            if is_density(array) and stored is not UNKNOWN:
-                return  # they were read, and there are none
-        if packs.get(origin, store) is None:
-            stored = StoredAttributes(*read_attributes(origin, store))
-            if stored.attributes:
-                packs.put(origin, store, stored)
 
     def _get_zarr_path(self, base_dir: str, task_id: str) -> str:
         return f"{base_dir}/{task_id}.zarr"
@@ -956,13 +917,6 @@ def _check_group(group: Any, method: str, instead: str) -> None:
             f"{method} takes an open store, read_zarr_store(path), not {safe_repr(group)}. For a "
             f"task id: reader.{instead}."
         )
-
-
-def _other_version(url: str) -> IncompleteArrayError:
-    return IncompleteArrayError(
-        f"{url} has changed since its density was cached, so its attributes are of another "
-        "version. Run `zarrcache warm --revalidate`."
-    )
 
 
 def _flat(values: NDArray[np.float32]) -> Density:
