@@ -12,13 +12,12 @@ import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -28,7 +27,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from zarrcache._keys import (
     FLOAT32,
@@ -39,6 +37,7 @@ from zarrcache._keys import (
     safe_repr,
 )
 from zarrcache._units import Percent, bytes_or_percent, parse_bytes, parse_seconds
+from zarrcache.config.block import Block
 from zarrcache.config.files import (
     VARIABLE_IN_BRACES,
     YamlLoader,
@@ -144,19 +143,7 @@ def _normalization(value: object) -> object:
 Concurrency = Annotated[int | Literal["auto"], BeforeValidator(_concurrency), _AUTO_OR_COUNT]
 
 
-class _Block(BaseModel):
-    """A frozen block of settings; invalid values raise one ConfigError that names every key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as exc:
-            raise ConfigError("\n".join(_explain(type(self), e) for e in exc.errors())) from None
-
-
-class RetryConfig(_Block):
+class RetryConfig(Block):
     """Retries of transient errors."""
 
     attempts: Whole = Field(
@@ -169,7 +156,7 @@ class RetryConfig(_Block):
     )
 
 
-class FetchConfig(_Block):
+class FetchConfig(Block):
     """Requests to S3: engine, concurrency, timeouts."""
 
     engine: Literal["auto", "obstore", "s3fs"] = "auto"
@@ -195,14 +182,14 @@ class FetchConfig(_Block):
     )
 
 
-class ByteTierConfig(_Block):
+class ByteTierConfig(Block):
     """The byte tier: objects, and blocks of large objects, exactly as the origin stores them."""
 
     enabled: bool = True
     block_size: Bytes = Field(4 * 1024**2, ge=64 * 1024)
 
 
-class ArrayTierConfig(_Block):
+class ArrayTierConfig(Block):
     """The array tier: decoded whole arrays."""
 
     enabled: bool = True
@@ -213,7 +200,7 @@ class ArrayTierConfig(_Block):
     )
 
 
-class PriceConfig(_Block):
+class PriceConfig(Block):
     """Prices of the origin's requests and bytes, for ``zarrcache plan``.
 
     The defaults are those of S3 Standard in us-east-1, read from the same region.
@@ -259,7 +246,7 @@ def _peer_url(text: str) -> str:
     )
 
 
-class CacheConfig(_Block):
+class CacheConfig(Block):
     """The ``cache:`` block.
 
     >>> CacheConfig(dir="/scratch/me", limit="200 GiB")
@@ -270,6 +257,8 @@ class CacheConfig(_Block):
     ConfigError
         Unknown key (the nearest is named), size or duration that does not parse.
     """
+
+    _prefix: ClassVar[str] = "cache."
 
     dir: Path
     limit: Bytes = Field(200 * 1024**3, gt=0)
@@ -384,7 +373,7 @@ def _precision(value: object) -> object:
     return value if value in ("f32", "f16", "bf16") else None
 
 
-class LoaderConfig(_Block):
+class LoaderConfig(Block):
     """The keys of a training config that describe its loaders, for a data module.
 
     None stands for a key that is not given. Other keys are ignored.
@@ -464,7 +453,7 @@ def _check_unknown(keys: Set[str], absent: Set[str]) -> None:
         raise ConfigError("\n".join(wrong))
 
 
-class DataConfig(_Block):
+class DataConfig(Block):
     """The keys of a training config that describe the data. Other keys are ignored, unless one
     misspells a setting.
 
@@ -473,6 +462,14 @@ class DataConfig(_Block):
     """
 
     model_config = ConfigDict(extra="ignore")
+    _remedies: ClassVar[Mapping[str, str]] = {
+        "data_dir": "Give the directory or s3:// URL of the input densities.",
+        "label_dir": "Give the directory or s3:// URL of the label densities; it may equal "
+        "data_dir.",
+        "map_dir": "Give a map of task ids, as `zarrcache map` writes it, or a list of them "
+        "(.txt).",
+        "functional": "Give a key of the map file, for example GGA.",
+    }
 
     dataset_name: str = "zarr_s3_data"
     data_dir: str
@@ -577,70 +574,6 @@ class DataConfig(_Block):
             )
         (keys,) = named.values()
         return cls(**keys)
-
-
-#: What to do about a required key that a config lacks.
-_MISSING = {
-    "data_dir": "Give the directory or s3:// URL of the input densities.",
-    "label_dir": "Give the directory or s3:// URL of the label densities; it may equal data_dir.",
-    "map_dir": "Give a map of task ids, as `zarrcache map` writes it, or a list of them (.txt).",
-    "functional": "Give a key of the map file, for example GGA.",
-}
-
-
-def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
-    """Describe one problem in one line: the key, what is wrong, what to write."""
-    prefix = "cache." if issubclass(model, CacheConfig) else ""
-    where = prefix + ".".join(str(part) for part in error["loc"])
-    inner = error.get("ctx", {}).get("error")
-    if isinstance(inner, ConfigError):  # raised by a nested block, with its own message
-        return "\n".join(f"{where}.{line}" for line in str(inner).splitlines())
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(model, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
-        return f"{where} is not a setting. {hint}"
-    if error["type"] == "missing":
-        return f"{where} is missing. {_MISSING.get(where, '')}".rstrip()
-    if inner is not None:  # raised by a validator of this module, whose message names the value
-        message = f"{str(inner).rstrip('.')}."
-        return f"{where}: {message}" if error["loc"] else message
-    # s3_kwargs may hold secrets.
-    got = "" if error["loc"][:1] == ("s3_kwargs",) else f" (got {safe_repr(error['input'])})"
-    return f"{where}: has to be {_EXPECTED.get(error['type'], _described)(error)}{got}."
-
-
-#: What a value has to be, by pydantic's error types.
-_EXPECTED: dict[str, Callable[[ErrorDetails], str]] = {
-    "literal_error": lambda error: error["ctx"]["expected"],
-    "greater_than": lambda error: f"greater than {error['ctx']['gt']}",
-    "greater_than_equal": lambda error: f"at least {error['ctx']['ge']}",
-    "less_than": lambda error: f"less than {error['ctx']['lt']}",
-    "less_than_equal": lambda error: f"at most {error['ctx']['le']}",
-}
-
-
-def _described(error: ErrorDetails) -> str:
-    """What a value has to be, for errors of its type: ``int_parsing``, ``bool_type``."""
-    kinds = {
-        "int": "a whole number",
-        "float": "a number",
-        "bool": "true or false",
-        "string": "text",
-        "path": "a path",
-        "dict": "keys and values",
-        "model": "keys and values",
-        "tuple": "a list",
-    }
-    return kinds.get(error["type"].partition("_")[0], f"valid: {error['msg']}")
-
-
-def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    for part in loc:
-        annotation = model.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return list(model.model_fields)
 
 
 def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
