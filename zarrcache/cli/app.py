@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +25,7 @@ from zarrcache.cli.progress import StderrHandler, is_quiet
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.parallel import Terminated, exit_code, raise_on_signals
 
-__all__ = ["app", "command", "failures", "say", "say_refusal", "show", "show_json"]
+__all__ = ["app", "command", "failures", "say", "say_refusal", "show", "show_json", "show_table"]
 
 app = typer.Typer(
     name="zarrcache",
@@ -137,6 +137,20 @@ def _options(
 def show(line: str = "") -> None:
     """Print a line of data on stdout, unbuffered."""
     print(line, flush=True)
+
+
+def show_table(rows: Sequence[Sequence[str]], *, numeric: bool = False) -> None:
+    """Print rows on stdout in columns, aligned to the right if ``numeric``, except for the first.
+
+    The first row has the names of the columns.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if numeric and number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        show("  ".join(cells).rstrip())
 
 
 def say(line: str, *, always: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zarrcache._units import format_bytes
-from zarrcache.cli.app import command, say, show, show_json
+from zarrcache.cli.app import command, say, show, show_json, show_table
 from zarrcache.cli.format import count
 from zarrcache.cli.options import Json, whole
 
@@ -43,14 +43,13 @@ def demo(
     In about two minutes: an S3 server on this machine, conversion, a cold epoch, warm epochs, and
     one with S3 switched off.
     """
-    from zarrcache.cli.progress import show_table
     from zarrcache.demo import run_demo
 
     report = run_demo(source, samples, keep=keep, say=say)
     if as_json:
         show_json({**asdict(report), "is_good": report.is_good})
         return 0 if report.is_good else 1
-    show_table(_rows(report))
+    show_table(_rows(report), numeric=True)
     if report.identical:
         show("All tensors are bit-identical to a plain zarr read.")
     else:

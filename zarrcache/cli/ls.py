@@ -10,7 +10,7 @@ import typer
 
 from zarrcache._keys import density_name
 from zarrcache._units import format_bytes
-from zarrcache.cli.app import command, show, show_json
+from zarrcache.cli.app import command, show_json, show_table
 from zarrcache.cli.options import Directory, Ids, Json, OptionalConfig, cache_source, read_ids
 
 __all__ = ["ls"]
@@ -63,8 +63,5 @@ def ls(
         )
         for entry in entries
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-        show("  ".join(cells).rstrip())
+    show_table(rows)
     return 0

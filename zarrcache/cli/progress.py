@@ -1,4 +1,4 @@
-"""Progress, log lines, tables and pictures in the terminal; imports rich only when it is needed."""
+"""Progress, log lines and pictures in the terminal; imports rich only when it is needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from zarrcache.ops import Panel
 
-__all__ = ["LiveText", "Meter", "StderrHandler", "is_quiet", "show_panels", "show_table"]
+__all__ = ["LiveText", "Meter", "StderrHandler", "is_quiet", "show_panels"]
 
 #: Seconds between two progress lines without a terminal: the log of an hour fits a few pages.
 _LINE_EVERY_S = 10.0
@@ -128,22 +128,6 @@ class LiveText:
         from rich.text import Text
 
         self._live.update(Text("\n".join(lines)), refresh=True)
-
-
-def show_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout.
-
-    The first row has the column names. The first column contains text, the others numbers.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for number, column in enumerate(rows[0]):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in rows[1:]:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def show_panels(rows: Sequence[Sequence[Panel]]) -> None:
