@@ -19,7 +19,7 @@ from tests.support.s3server import S3Server
 from tests.support.stores import small_group
 from tests.support.training import zarrcache
 from zarrcache.config import DataConfig
-from zarrcache.data.reader import ZarrS3Reader, open_reader
+from zarrcache.data.reader import open_reader
 from zarrcache.errors import ConfigError
 from zarrcache.ops.forecast import Forecast, measure_split
 from zarrcache.train.lookahead import Lookahead
@@ -57,9 +57,7 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> dic
     }
 
 
-def forecast_of(
-    source: DataConfig | ZarrS3Reader, *, capacity_bytes: int | None = None, **run: Any
-) -> Forecast:
+def forecast_of(source: DataConfig, *, capacity_bytes: int | None = None, **run: Any) -> Forecast:
     return measure_split(source, capacity_bytes=capacity_bytes).forecast(**run)
 
 
@@ -176,12 +174,12 @@ def test_longer_runs_and_other_ways_are_extrapolated(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fifty epochs continue like the last simulated ones; a table compares the alternatives."""
-    half = forecast_of(DataConfig(**config), capacity_bytes=1).disk_bytes // 2
-    reader = open_reader(config)
-    simulated = forecast_of(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2).total
+    split = measure_split(DataConfig(**config), capacity_bytes=1)
+    half = split.forecast().disk_bytes // 2
+    simulated = split.forecast(nodes=NODES, capacity_bytes=half, ranks_per_node=2).total
     # the share of 24 samples stands for thousands
     monkeypatch.setattr("zarrcache.ops.forecast.SIMULATED", 24 * 25)
-    plan = forecast_of(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2)
+    plan = split.forecast(nodes=NODES, capacity_bytes=half, ranks_per_node=2)
     assert (plan.ranks, plan.run_epochs, len(plan.epochs)) == (4, 50, 25)
     assert (plan.total.requests, plan.total.dollars) == pytest.approx(
         (simulated.requests, simulated.dollars), rel=0.06

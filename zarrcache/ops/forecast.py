@@ -144,7 +144,7 @@ class WhatIf:
 
 
 def measure_split(
-    source: DataConfig | ZarrS3Reader,
+    config: DataConfig,
     *,
     seed: int = 0,
     probe: bool = False,
@@ -159,7 +159,7 @@ def measure_split(
 
     Parameters
     ----------
-    source : DataConfig or ZarrS3Reader
+    config : DataConfig
     seed : int
         Of the order of samples.
     probe : bool
@@ -171,7 +171,7 @@ def measure_split(
     progress : callable, optional
         Called with the number of densities measured so far and to measure.
     """
-    cache = source.cache_config if isinstance(source, ZarrS3Reader) else source.cache
+    cache = config.cache
     if capacity_bytes is None:
         if cache is None:
             raise ConfigError(
@@ -180,11 +180,7 @@ def measure_split(
             )
         capacity_bytes = cache.limit
     # Without a cache: a forecast is made on a laptop or login node and must leave no files there.
-    reader = (
-        source
-        if isinstance(source, ZarrS3Reader)
-        else open_reader(source.model_copy(update={"cache": None}))
-    )
+    reader = open_reader(config.model_copy(update={"cache": None}))
     # Of all materials: to find out which lack a channel may take a request each.
     names, _ = reader.split_task_ids(decided=False)
     _check_ranks(ranks, len(names))
