@@ -133,16 +133,14 @@ def audit(
     nbytes = 0
     # numpy and the file system release the GIL; one thread per core reads at the disk's speed.
     threads = min(8, 2 * (os.cpu_count() or 1))
-    examined = concurrently(functools.partial(_examine, reader), task_ids, threads=threads)
-    with closing(examined) as pairs:
-        for done, pair in enumerate(pairs, 1):
+    examine = functools.partial(_examine, reader)
+    with closing(concurrently(examine, task_ids, progress, threads=threads)) as pairs:
+        for pair in pairs:
             findings += pair.findings
             for channel, density in pair.densities.items():
                 nbytes += density.nbytes
                 if density.fingerprint is not None:
                     by_values[channel, density.fingerprint].append(pair.task_id)
-            if progress is not None:
-                progress(done, len(task_ids))
     findings += _duplicates(by_values)
     rank = list(KINDS)
     findings.sort(key=lambda found: (rank.index(found.kind), -found.severity, found.task_id))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 
@@ -50,13 +51,11 @@ def make_lock(
         )
 
     densities: dict[str, dict[str, LockedDensity]] = {}
-    found = concurrently(locked, wanted)
-    for done, ((task_id, channel), density) in enumerate(zip(wanted, found, strict=True), 1):
-        of_material = densities.setdefault(task_id, {})
-        if density is not None:
-            of_material[reader.locked_as(*channel)] = density
-        if progress is not None:
-            progress(done, len(wanted))
+    with closing(concurrently(locked, wanted, progress)) as found:
+        for (task_id, channel), density in zip(wanted, found, strict=True):
+            of_material = densities.setdefault(task_id, {})
+            if density is not None:
+                of_material[reader.locked_as(*channel)] = density
     settings = reader.lock_settings
     if reader.split_file is not None:
         settings["split_file"] = digest_of(reader.split_of_file(reader.split_file))

@@ -389,15 +389,23 @@ def known_refusal(config: DataConfig | CacheConfig) -> str:
 
 
 def concurrently(
-    ask: Callable[[T], R], items: Sequence[T], *, threads: int = LISTERS
+    ask: Callable[[T], R],
+    items: Sequence[T],
+    progress: Callable[[int, int], object] | None = None,
+    *,
+    threads: int = LISTERS,
 ) -> Generator[R]:
     """Yield ``ask(item)`` for each item, in order, with many calls at once.
 
-    Closing the generator (after an error or Ctrl-C) cancels calls that have not started.
+    After each, ``progress`` gets the number of those done, and of all. Closing the generator (after
+    an error or Ctrl-C) cancels calls that have not started.
     """
     with ThreadPoolExecutor(threads) as pool:
         try:
-            yield from pool.map(ask, items)
+            for done, answer in enumerate(pool.map(ask, items), 1):
+                yield answer
+                if progress is not None:
+                    progress(done, len(items))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -39,7 +40,6 @@ __all__ = [
     "DensitySize",
     "Speed",
     "measure_compression",
-    "measure_size",
     "measure_sizes",
     "measure_speed",
 ]
@@ -75,40 +75,26 @@ class Speed:
 def measure_sizes(
     reader: ZarrS3Reader,
     densities: Sequence[tuple[str, Role, str]],
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[int, int], object] | None,
     *,
-    encoding: str = FLOAT32,
-    compression: float = 1.0,
+    encoding: str,
+    compression: float,
 ) -> list[DensitySize]:
-    """Measure each density as :func:`measure_size` does, many at once."""
-    found = []
-
-    def measure(density: tuple[str, Role, str]) -> DensitySize:
-        return measure_size(reader, *density, encoding=encoding, compression=compression)
-
-    with closing(concurrently(measure, densities)) as sizes:
-        for done, size in enumerate(sizes, start=1):
-            found.append(size)
-            if progress is not None:
-                progress(done, len(densities))
-    return found
-
-
-def measure_size(
-    reader: ZarrS3Reader,
-    task_id: str,
-    role: Role,
-    array: str,
-    *,
-    encoding: str = FLOAT32,
-    compression: float = 1.0,
-) -> DensitySize:
-    """Measure one density by one LIST and one small GET, without caching it.
+    """Measure each density by one LIST and one small GET, without caching it; many at once.
 
     One that the material lacks, and that is filled with zeros, has no size. A zipped store and a
     file are fetched whole. With the encoding ``bits:N`` ``disk_bytes`` is an estimate by
-    ``compression``, the result of :func:`measure_compression`, or with 1.0 an upper bound.
+    ``compression``, the result of :func:`measure_compression`.
     """
+    entry_bytes = functools.partial(_entry_bytes, encoding=encoding, compression=compression)
+    sizes = concurrently(lambda of: _measured(reader, *of, entry_bytes), densities, progress)
+    with closing(sizes):
+        return list(sizes)
+
+
+def _measured(
+    reader: ZarrS3Reader, task_id: str, role: Role, array: str, entry_bytes: Callable[[int], int]
+) -> DensitySize:
     origin, store = reader.origin(role), reader.store_name(task_id, role)
     try:
         listed = list_array(OriginArray(origin, store, array))
@@ -122,23 +108,17 @@ def measure_size(
             raise
         return DensitySize(0, 0, 0, 0)
     if is_fetched_whole(store):
-        entry_bytes = _entry_bytes(math.prod(shape), encoding, compression)
         requests = (0, 2) if is_object(store) else (1, len(listed))
-        return DensitySize(*requests, stored_bytes, entry_bytes)
+        return DensitySize(*requests, stored_bytes, entry_bytes(math.prod(shape)))
     points = math.prod(_shape(origin, f"{store}/{array}/", listed))
     lists = -(-len(listed) // PAGE_OBJECTS)
-    return DensitySize(
-        lists,
-        len(listed),
-        stored_bytes,
-        _entry_bytes(points, encoding, compression),
-    )
+    return DensitySize(lists, len(listed), stored_bytes, entry_bytes(points))
 
 
 def measure_compression(
     reader: ZarrS3Reader, densities: Sequence[tuple[str, Role, str]], encoding: str
 ) -> float:
-    """Bytes of encoded densities over those that :func:`measure_size` expects.
+    """Bytes of encoded densities over those that the encoding suggests.
 
     Reads ``densities`` past the cache if the encoding is ``bits:N``; the others have a fixed size.
     """
