@@ -31,7 +31,10 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th { background: var(--shade); }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+table.numbers { font-size: .9rem; } table.numbers th { vertical-align: bottom; }
+table.numbers td, table.numbers th { text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+table.numbers td:first-child, table.numbers th:first-child { text-align: left; }
 figure { margin: 1.2rem 0; } img, svg { max-width: 100%; height: auto; }
 code { background: var(--shade); padding: .1rem .3rem; border-radius: .2rem; }
 """
@@ -56,19 +59,15 @@ def page(title: str, body: str, style: str = "") -> str:
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table of text; numbers are aligned to the right."""
-    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = []
-    for row in rows:
-        shown = (
-            f'<td class="number">{value:,}</td>'
-            if isinstance(value, int | float)
-            else f"<td>{escape(str(value))}</td>"
-            for value in row
-        )
-        lines.append(f"<tr>{''.join(shown)}</tr>")
-    return f'<div class="wide"><table><tr>{cells}</tr>{"".join(lines)}</table></div>'
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
+    """A table of text; with ``numbers`` all columns but the first are aligned to the right."""
+    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    lines = (f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    kind = ' class="numbers"' if numbers else ""
+    return (
+        f'<div class="wide"><table{kind}><thead><tr>{names}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def audit_page(config: DataConfig, report: AuditReport) -> str:
@@ -80,7 +79,7 @@ def audit_page(config: DataConfig, report: AuditReport) -> str:
     )
     if not report.findings:
         return page("Audit: nothing is wrong", pairs)
-    rows = [(kind, count, KINDS[kind]) for kind, count in report.counts.items()]
+    rows = [(kind, f"{count:,}", KINDS[kind]) for kind, count in report.counts.items()]
     findings = [
         (found.kind, found.task_id, found.role or "pair", found.what) for found in report.findings
     ]

@@ -13,7 +13,7 @@ from zarrcache._units import counted, format_bytes
 from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.ops.charts import CHART_STYLE, Axis, Series, columns, lines, short
 from zarrcache.ops.forecast import EpochForecast, Forecast, WhatIf
-from zarrcache.ops.pages import page
+from zarrcache.ops.pages import page, table
 from zarrcache.ops.runs import RecordedRun, RecordedRuns
 from zarrcache.train import EpochTimes
 
@@ -26,10 +26,6 @@ _STYLE = """
 .tiles dt { color: var(--faint); font-size: .85rem; } .tiles dd { margin: 0; font-size: 1.5rem; }
 .tiles dd small { display: block; color: var(--faint); font-size: .8rem; line-height: 1.3; }
 .say { border-left: .25rem solid var(--c0); padding: .4rem 1rem; background: var(--shade); }
-table.numbers { font-size: .9rem; } table.numbers td, table.numbers th { text-align: right;
-  white-space: nowrap; font-variant-numeric: tabular-nums; }
-table.numbers td:first-child, table.numbers th:first-child { text-align: left; }
-table.numbers th { vertical-align: bottom; } tr.this { font-weight: 600; }
 summary { cursor: pointer; color: var(--faint); }
 pre { background: var(--shade); padding: .8rem 1rem; overflow-x: auto; border-radius: .3rem; }
 pre code { background: none; padding: 0; } code { overflow-wrap: anywhere; }
@@ -62,6 +58,7 @@ def _plain(value: float) -> str:
 
 _HITS = Axis("% of the reads", _plain, top=100)
 _BY_EPOCH = Axis("epoch", lambda value: f"{value:g}")
+_table = functools.partial(table, numbers=True)
 
 
 def report_page(
@@ -87,52 +84,34 @@ def report_page(
     if plan is None:
         parts.append(f"<h2>Forecast</h2><p>There is no forecast: {escape(str(forecast))}</p>")
     else:
-        parts += [*_forecast(plan.present), *_sizes(plan, cache), *_nodes(plan)]
+        parts += [*_forecast(plan.present), *_sizes(plan), *_nodes(plan)]
         parts.append(_basis(plan.present, config))
     return page(f"Training report: {config.functional}", "\n".join(parts), CHART_STYLE + _STYLE)
 
 
 def _tiles(recorded: RecordedRuns, plan: WhatIf | None) -> str:
-    found: list[tuple[str, str, str]] = []
     total = recorded.total
-    if total is not None:
-        last = recorded.runs[0].epochs[-1]
-        found = [
-            ("Waiting for data", _percent(last.waiting_ratio), "of the time, in the last epoch"),
-            ("Hits", _percent(last.stats.hit_ratio), "of the reads, in the last epoch"),
-            (
-                "Requests",
-                short(total.stats.requests),
-                f"in all epochs, {format_bytes(total.stats.fetched_bytes)}",
-            ),
-        ]
-        if plan is not None:
-            paid, saved = _dollars(total, plan.present)
-            currency = plan.present.prices.currency
-            found += [
-                ("Cost so far", f"{_money(paid)} {currency}", "requests and bytes of all epochs"),
-                ("Saved", f"{_money(saved)} {currency}", "what the hits would have cost"),
-            ]
-    elif plan is not None:
-        of = plan.present
-        found = [
-            ("Hits", _percent(of.steady_ratio), "of the reads, forecast for later epochs"),
-            (
-                "Requests",
-                short(of.total.requests),
-                f"forecast for {counted(of.run_epochs, 'epoch')}",
-            ),
-            (
-                "Cost",
-                f"{_money(of.total.dollars)} {of.prices.currency}",
-                f"forecast for {counted(of.run_epochs, 'epoch')}",
-            ),
+    if total is None:
+        return ""
+    last = recorded.runs[0].epochs[-1]
+    fetched = format_bytes(total.stats.fetched_bytes)
+    found = [
+        ("Waiting for data", _percent(last.waiting_ratio), "of the time, in the last epoch"),
+        ("Hits", _percent(last.stats.hit_ratio), "of the reads, in the last epoch"),
+        ("Requests", short(total.stats.requests), f"in all epochs, {fetched}"),
+    ]
+    if plan is not None:
+        paid, saved = _dollars(total, plan.present)
+        currency = plan.present.prices.currency
+        found += [
+            ("Cost so far", f"{_money(paid)} {currency}", "requests and bytes of all epochs"),
+            ("Saved", f"{_money(saved)} {currency}", "what the hits would have cost"),
         ]
     tiles = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(what)}</small></dd></div>"
         for name, value, what in found
     )
-    return f'<dl class="tiles">{tiles}</dl>' if tiles else ""
+    return f'<dl class="tiles">{tiles}</dl>'
 
 
 def _recorded(recorded: RecordedRuns, cache: CacheConfig) -> Iterable[str]:
@@ -161,7 +140,7 @@ def _recorded(recorded: RecordedRuns, cache: CacheConfig) -> Iterable[str]:
     numbers = enumerate(run.epochs[skipped:], start=skipped + 1)
     yield _folded(
         "Numbers of the epochs",
-        _numbers(
+        _table(
             ("epoch", *_NUMBERS), [(str(number), *_numbers_of(times)) for number, times in numbers]
         ),
     )
@@ -171,7 +150,7 @@ def _recorded(recorded: RecordedRuns, cache: CacheConfig) -> Iterable[str]:
             '<p class="faint">Each rank of a training on several GPUs is a process of its own. '
             "Sums over all epochs.</p>"
         )
-        every = _numbers(
+        every = _table(
             ("last epoch ended", "epochs", *_NUMBERS),
             [
                 (_date(one.ended_s[-1]), f"{len(one.epochs):,}", *_numbers_of(one.total))
@@ -289,7 +268,7 @@ def _forecast(plan: Forecast) -> Iterable[str]:
     yield "</div>"
     yield _folded(
         "Numbers of the epochs",
-        _numbers(
+        _table(
             ("epoch", "hit rate", *_costs(plan)),
             [
                 (str(number), _percent(epoch.hit_ratio), *_costs_of(epoch))
@@ -299,7 +278,7 @@ def _forecast(plan: Forecast) -> Iterable[str]:
     )
 
 
-def _sizes(plan: WhatIf, cache: CacheConfig) -> Iterable[str]:
+def _sizes(plan: WhatIf) -> Iterable[str]:
     present, disk_bytes = plan.present, plan.present.disk_bytes
     yield "<h2>What if the cache had another size or policy?</h2>"
     steady = f"in the last half of {counted(len(present.epochs), 'epoch')}"
@@ -351,7 +330,7 @@ def _sizes(plan: WhatIf, cache: CacheConfig) -> Iterable[str]:
             f"<p>Now: {format_bytes(present.capacity_bytes)}, more than the data. A larger cache "
             "changes nothing.</p>"
         )
-    yield _numbers(
+    yield _table(
         (
             "cache of each node",
             "of the data",
@@ -360,14 +339,15 @@ def _sizes(plan: WhatIf, cache: CacheConfig) -> Iterable[str]:
         ),
         [
             (
-                format_bytes(one.capacity_bytes),
+                _now(
+                    format_bytes(one.capacity_bytes), one.capacity_bytes == present.capacity_bytes
+                ),
                 _percent(one.capacity_bytes / disk_bytes),
                 *(_percent(one.others[way]) for way in policies),
                 *_costs_of(one.total),
             )
             for one in plan.sizes
         ],
-        this=[one.capacity_bytes == present.capacity_bytes for one in plan.sizes],
     )
     yield (
         f'<p class="faint">Requests, bytes and cost are of {counted(present.run_epochs, "epoch")} '
@@ -406,18 +386,17 @@ def _nodes(plan: WhatIf) -> Iterable[str]:
         Axis(present.prices.currency, short),
     )
     yield "</div>"
-    yield _numbers(
+    yield _table(
         ("nodes", "assignment", "hit rate", *_costs(present)),
         [
             (
-                str(one.nodes),
+                _now(str(one.nodes), (one.nodes, one.variant) == (present.nodes, present.variant)),
                 one.variant.assignment if one.nodes > 1 else "either",
                 _percent(one.steady_ratio),
                 *_costs_of(one.total),
             )
             for one in plan.nodes
         ],
-        this=[one.nodes == present.nodes and one.variant == present.variant for one in plan.nodes],
     )
 
 
@@ -467,23 +446,9 @@ def _costs_of(epochs: EpochForecast) -> tuple[str, str, str]:
     return f"{epochs.requests:,}", format_bytes(epochs.nbytes), _money(epochs.dollars)
 
 
-def _numbers(
-    head: Sequence[str], rows: Iterable[Sequence[str]], *, this: Sequence[bool] | None = None
-) -> str:
-    """A table of numbers; rows marked by ``this`` are those of the present config."""
-    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    drawn = []
-    for number, row in enumerate(rows):
-        is_this = this is not None and this[number]
-        first, *others = (escape(cell) for cell in row)
-        if is_this:
-            first += " (now)"
-        cells = "".join(f"<td>{cell}</td>" for cell in (first, *others))
-        drawn.append(f"<tr{' class=this' if is_this else ''}>{cells}</tr>")
-    return (
-        f'<div class="wide"><table class="numbers"><thead><tr>{names}</tr></thead>'
-        f"<tbody>{''.join(drawn)}</tbody></table></div>"
-    )
+def _now(text: str, is_now: bool) -> str:
+    """The first cell of a row, which may be that of the present config."""
+    return f"{text} (now)" if is_now else text
 
 
 def _folded(title: str, body: str) -> str:
