@@ -60,7 +60,6 @@ __all__ = [
     "note_wait",
     "report_progress",
     "reporting_progress",
-    "run",
     "unsent",
     "with_second_requests",
 ]
@@ -538,34 +537,6 @@ class Page:
 Answers: TypeAlias = "Generator[tuple[ObjectInfo, Received | S3Error | None]]"
 
 
-def run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run ``coroutine`` on ``loop``, which runs in another thread, and return its result.
-
-    An exception in the calling thread (Ctrl-C) cancels it.
-    """
-    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
-    try:
-        while not future.done():
-            with _step_of_a_wait(TimeoutError):
-                future.exception(WAIT_STEP_S)
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise
-
-
-@contextlib.contextmanager
-def _step_of_a_wait(*timeouts: type[Exception]) -> Iterator[None]:
-    """Measure a wait of WAIT_STEP_S, to notice a suspension of the process."""
-    begin_s = time.monotonic()
-    try:
-        with contextlib.suppress(*timeouts):
-            yield
-    finally:
-        if time.monotonic() - begin_s > WAIT_STEP_S + SUSPENDED_S:
-            note_wait(begin_s, WAIT_STEP_S)
-
-
 def concurrent_requests(
     where: asyncio.AbstractEventLoop | Executor,
     request: Callable[[ObjectInfo], Awaitable[Received]],
@@ -636,8 +607,10 @@ def concurrent_requests(
             for _ in objects:
                 item = None
                 while item is None:
-                    with _step_of_a_wait(queue.Empty):
+                    begin_s = time.monotonic()
+                    with contextlib.suppress(queue.Empty):
                         item = arrived.get(timeout=WAIT_STEP_S)
+                    note_wait(begin_s, WAIT_STEP_S)
                 if isinstance(item, BaseException):
                     raise item
                 yield item

@@ -26,7 +26,6 @@ from zarrcache.origin._requests import (
     Received,
     RetryPolicy,
     concurrent_requests,
-    run,
     unsent,
 )
 from zarrcache.origin._s3_errors import (
@@ -141,29 +140,16 @@ class S3Bucket:
         request : callable
             Called with the engine and the seconds after which a silent server is given up.
         """
-        operation = self.operation()
 
-        def attempt(remaining_s: float) -> T:
-            engine: Engine | None = None
-            try:
-                engine = open_engine()
-                self.counters.add(requests=1)
-                patience_s = min(self.fetch.read_timeout, remaining_s)
-                answer = run(get_loop(), request(engine, patience_s))
-            except S3Error as error:
-                if self.leaves_obstore(error, engine):
-                    return attempt(remaining_s)
-                if self.backoff is not None:
-                    self.backoff.note(error)
-                raised = operation.error(error, context, engine)
-                raise raised from raised.__cause__
-            if self.backoff is not None:
-                self.backoff.note(None)
-            return answer
+        async def one(engine: Any, _: ObjectInfo, patience_s: float) -> Any:
+            return [await request(engine, patience_s)]  # which may be None
 
-        return operation.policy.call(
-            attempt, context.url, on_retry=lambda: self.counters.add(retries=1)
+        answers: Any = self.call_all(
+            one, [ObjectInfo("", 0, "")], lambda _: context, open_engine=open_engine
         )
+        (answer,) = answers[""]
+        found: T = answer
+        return found
 
     def call_all(
         self,
@@ -336,10 +322,7 @@ class S3Bucket:
     def _needs_s3fs(self, settings: Collection[str]) -> bool:
         """Whether any of these ``settings``, which obstore does not support, is set; logged once.
 
-        Raises
-        ------
-        ConfigError
-            There are some, and ``fetch.engine`` is obstore.
+        ConfigError if there are some and ``fetch.engine`` is obstore.
         """
         if settings and self.fetch.engine == "obstore":
             raise ConfigError(

@@ -14,7 +14,7 @@ import pytest
 from zarrcache._keys import ObjectInfo
 from zarrcache.origin import _requests as retry
 from zarrcache.origin._in_flight import InFlight
-from zarrcache.origin._requests import Answers, Backoff, Received, concurrent_requests, run
+from zarrcache.origin._requests import Answers, Backoff, Received, concurrent_requests
 from zarrcache.origin._s3_errors import S3Error
 
 Where = asyncio.AbstractEventLoop | Executor
@@ -283,14 +283,3 @@ def test_answers_count_as_recovery_of_the_server(
     )
     backoff.slow_down()
     assert backoff.remaining_s() <= 0.01
-
-
-def test_run_returns_the_result_or_raises_in_the_calling_thread(
-    loop: asyncio.AbstractEventLoop,
-) -> None:
-    async def fail() -> None:
-        raise ZeroDivisionError("ours")
-
-    assert run(loop, asyncio.sleep(0, "done")) == "done"
-    with pytest.raises(ZeroDivisionError, match="ours"):
-        run(loop, fail())
