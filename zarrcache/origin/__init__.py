@@ -16,9 +16,8 @@ from zarrcache.origin._origin import (
 from zarrcache.origin._requests import PAGE_OBJECTS, Received, report_progress, reporting_progress
 from zarrcache.origin._s3 import S3Bucket
 from zarrcache.origin._s3_errors import RangeIgnoredError, altered
-from zarrcache.origin._s3_options import split_s3_url
+from zarrcache.origin._s3_options import refuse_secrets, secret_names, split_s3_url
 from zarrcache.origin._s3fs import make_s3fs
-from zarrcache.origin._secrets import refuse_secrets, secret_names
 
 __all__ = [
     "PAGE_OBJECTS",

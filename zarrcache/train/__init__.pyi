@@ -1,7 +1,4 @@
 from .belady import BeladyPolicy as BeladyPolicy
-from .collate import collate as collate
-from .collate import collate_fn as collate_fn
-from .collate import collate_in_lists as collate_in_lists
 from .crops import LazyPair as LazyPair
 from .crops import Probes as Probes
 from .crops import RandomCrop as RandomCrop
@@ -27,3 +24,6 @@ from .schedule import node_of as node_of
 from .verdict import EpochTimes as EpochTimes
 from .verdict import Verdict as Verdict
 from .verdict import judge as judge
+from .worker_transfer import collate as collate
+from .worker_transfer import collate_fn as collate_fn
+from .worker_transfer import collate_in_lists as collate_in_lists

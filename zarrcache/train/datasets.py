@@ -31,10 +31,9 @@ from zarrcache.data import Split, first_ids
 from zarrcache.disk import LazyGrid, LazyStack, use_converter
 from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.stats import LogOnce, html_table
-from zarrcache.train.collate import collate
 from zarrcache.train.crops import Probes, Selection, times
 from zarrcache.train.transforms import Grid, PairToTensors, Rotation, kind_name
-from zarrcache.train.worker_transfer import Sender, Structure, in_pages
+from zarrcache.train.worker_transfer import Sender, Structure, collate, in_pages
 
 __all__ = [
     "DensityReader",
@@ -88,13 +87,7 @@ use_converter(_convert)
 
 
 def _steps_of(transform: Any) -> tuple[Selection | None, tuple[Transform, ...]]:
-    """What ``transform=`` chooses of each sample, and the functions that follow.
-
-    Raises
-    ------
-    ConfigError
-        One is not callable, or a selection is not the first.
-    """
+    """What ``transform=`` chooses of each sample, and the functions that follow."""
     # A Sequence: Hydra makes a list of its own type.
     is_several = isinstance(transform, Sequence) and not isinstance(transform, str)
     steps = [*transform] if is_several else [transform]
@@ -539,13 +532,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
             self._check_cached(self._selection)
 
     def _check_cached(self, selection: Selection) -> None:
-        """Compare the cached grids with what will be chosen of them.
-
-        Raises
-        ------
-        ConfigError
-            It cannot be chosen of some, which are named.
-        """
+        """Refuse a selection that does not fit some of the cached grids, and name these."""
         shapes = getattr(self.reader, "cached_shapes", None)
         reasons = {
             task_id: reason
@@ -658,11 +645,6 @@ def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
     """View ``values`` as a float32 grid ``(C, nx, ny, nz)``, read-only if ``held`` by a caller.
 
     ``values`` are flat, or have a row for each of several channels.
-
-    Raises
-    ------
-    SchemaError
-        ``gridsize`` is not three sizes, or the values do not fill it.
     """
     flat = np.asarray(values, dtype=np.float32)
     shape = tuple(int(n) for n in gridsize)
@@ -689,12 +671,7 @@ def _holds_arrays(sequence: object) -> bool:
 def _position(index: SupportsIndex, length: int) -> int:
     """``index`` counted from the start.
 
-    Raises
-    ------
-    IndexError
-        There is no such sample. A ``for`` loop over the dataset ends with it.
-    ConfigError
-        ``index`` is not a whole number.
+    IndexError if there is no such sample: a ``for`` loop over the dataset ends with it.
     """
     try:
         i = operator.index(index)

@@ -22,8 +22,7 @@ from zarrcache import _pages
 from zarrcache._units import whole_number
 from zarrcache.disk import LazyGrid, LazyStack
 from zarrcache.errors import ConfigError, SchemaError
-from zarrcache.train.copying import copy_rotated
-from zarrcache.train.crops import LazyPair, Points, Selection, times
+from zarrcache.train.crops import LazyPair, Points, Selection, copy_rotated, times
 from zarrcache.train.worker_transfer import PagesTensor, empty_tensor
 
 __all__ = [
@@ -363,13 +362,7 @@ def _rotation_of_torch() -> Rotation:
 
 
 def _check_fits_float16(tensor: torch.Tensor, name: str) -> tuple[float, float]:
-    """Smallest and largest value.
-
-    Raises
-    ------
-    SchemaError
-        One would become infinite: beyond 65504.
-    """
+    """Smallest and largest value; SchemaError if one would become infinite (beyond 65504)."""
     low, high = (x.item() for x in torch.aminmax(tensor))
     limit = torch.finfo(torch.float16).max
     if low < -limit or high > limit:

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, default_collate
 
 from tests.support.stores import random_density
 from zarrcache import ConfigError, RhoData, SchemaError, ZarrDataset, ZarrS3Reader, collate
-from zarrcache.train.collate import collate_fn
 from zarrcache.train.lookahead import _read_by
+from zarrcache.train.worker_transfer import collate_fn
 
 Grid = NDArray[np.float32]
 #: Grid sizes of data and label. The axes of a grid differ, so a wrong rotation shows in the shape.

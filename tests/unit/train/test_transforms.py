@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from zarrcache.train.copying import copy_rotated
+from zarrcache.train.crops import copy_rotated
 from zarrcache.train.transforms import Rotation, downsample, draw_rotation, rotate
 
 #: The plane that numpy.rot90 turns for x, y and z.
