@@ -201,10 +201,7 @@ def _behind_the_point(
 def _take_digits(words: NDArray[np.uint64], keep: int) -> NDArray[np.uint64]:
     """Replace words of text by the value of their last ``keep`` digits.
 
-    Returns
-    -------
-    ndarray
-        Words with a high bit where a byte was not a digit.
+    Returns words with a high bit where a byte was not a digit.
     """
     dropped = _U64((1 << 8 * (8 - keep)) - 1)
     words &= ~dropped

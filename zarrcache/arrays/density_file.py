@@ -412,10 +412,7 @@ def _loads(text: bytes) -> Any:
 def _without_objects(structure: dict[str, Any]) -> list[str]:
     """Remove properties that are Python objects, whose modules monty would import.
 
-    Returns
-    -------
-    list of str
-        One sentence that names them, or nothing.
+    Returns one sentence that names them, or nothing.
     """
     removed = set()
     for owner in (structure, *structure["sites"]):

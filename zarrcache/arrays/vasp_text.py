@@ -123,12 +123,7 @@ def parse_vasp_text(file: Any, name: str, limit_bytes: int) -> VaspText:
 def _feed(file: Any, rest: bytes, body: _Body, name: str, limit_bytes: int) -> tuple[int, bool]:
     """Feed the lines of a file to ``body``, from one buffer that is filled again and again.
 
-    Returns
-    -------
-    total : int
-        Bytes of these lines.
-    is_whole : bool
-        The last one ends with a line end.
+    Returns their bytes, and whether the last one ends with a line end.
     """
     buffer = bytearray(BEFORE + _LINE_BYTES + _READ_BYTES)
     view = memoryview(buffer)
@@ -187,12 +182,7 @@ def _is_cut(before: list[bytes], last: bytes) -> bool:
 class _Body:
     """Collects the lines below the atoms: their numbers, and the lines that are not numbers.
 
-    Parameters
-    ----------
-    name : str
-    first : int
-        Number of the first line in the file, from 1.
-    atoms : int
+    ``first`` is the number of the first line in the file, from 1.
     """
 
     def __init__(self, name: str, first: int, atoms: int) -> None:

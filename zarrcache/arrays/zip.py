@@ -163,11 +163,6 @@ def _zip_root(names: Collection[str], url: str) -> str:
     """Directory inside the zip that holds the store, with a slash, or nothing.
 
     Zipping the directory ``mp-1.zarr`` puts every member below that name.
-
-    Raises
-    ------
-    SchemaError
-        There are several stores.
     """
     split = [name.rpartition("/") for name in names]
     roots = {above for above, _, name in split if name in (".zgroup", "zarr.json")} or {

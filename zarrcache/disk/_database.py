@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakSet
 
 import diskcache
@@ -417,14 +417,7 @@ class IndexFile:
         then the files change. A process that was stopped in a transaction holds the lock without
         a change. It must not cost every write of the others another wait.
 
-        Parameters
-        ----------
-        before : tuple, optional
-            :meth:`_stamp` at the beginning of a wait that did not get the lock.
-
-        Raises
-        ------
-        diskcache.Timeout
+        ``before`` is :meth:`_stamp` at the beginning of a wait that did not get the lock.
         """
         deadline_s = time.monotonic() + _QUEUE_S
         while True:
@@ -566,13 +559,7 @@ class IndexFile:
         return table
 
     def _open_to_read(self, why: str) -> Table:
-        """Open an index that cannot be written, or not now.
-
-        Raises
-        ------
-        sqlite3.Error, OSError
-            It cannot be read either.
-        """
+        """Open an index that cannot be written, or not now."""
         self._dir.check()
         table = _Reader(self._dir.index)
         if table.execute("PRAGMA user_version") != [(FORMAT_VERSION,)]:
@@ -675,12 +662,7 @@ class IndexFile:
                 time.sleep(0.01)
 
     def _check_settings(self) -> None:
-        """Refuse planted settings: diskcache turns them into pragmas, arguments and attributes.
-
-        Raises
-        ------
-        sqlite3.DatabaseError
-        """
+        """Refuse planted settings: diskcache turns them into pragmas, arguments and attributes."""
         try:
             found = dict(self._execute("SELECT key, value FROM Settings"))
         except sqlite3.OperationalError as exc:
@@ -712,12 +694,8 @@ class IndexFile:
 
         Objects of the byte tier are removed, because their files do not identify them. A file that
         cannot be read is kept: its disk may recover, and `zarrcache verify` removes files without
-        a row.
-
-        Raises
-        ------
-        OSError
-            This process or machine has no descriptors or memory left. The next open rebuilds again.
+        a row. If this process or machine has no descriptors or memory left, that is raised, and the
+        next open rebuilds again.
         """
         found: dict[str, tuple[Stored, str]] = {}
         entries: list[tuple[int, Path]] = []
@@ -802,14 +780,6 @@ class _Reader:
     """The part of :class:`diskcache.Cache` that looks up, without a write to the directory.
 
     Each look-up opens a connection (0.1 ms): none is open at a fork.
-
-    Parameters
-    ----------
-    index : Path
-
-    Raises
-    ------
-    sqlite3.Error
     """
 
     def __init__(self, index: Path) -> None:
@@ -873,16 +843,8 @@ _kept: list[Table] = []
 # --------------------------------------------------------------------------------------------------
 
 
-class _Closeable(Protocol):
-    def close(self) -> object: ...
-
-
-class _UserOfSQLite(Protocol):
-    def close_before_fork(self) -> None: ...
-
-
 #: Their connection in the forking thread is closed, because only the parent holds its file locks.
-closed_before_fork: WeakSet[_UserOfSQLite] = WeakSet()
+closed_before_fork: WeakSet[IndexFile] = WeakSet()
 
 #: SQLite itself waits up to 60 s for another process; a thread that is inside for longer hangs.
 _FORK_WAIT_S = 90.0
@@ -905,7 +867,7 @@ class no_fork:
 
     __slots__ = ("_table",)
 
-    def __init__(self, table: _Closeable | None = None) -> None:
+    def __init__(self, table: Table | None = None) -> None:
         self._table = table
 
     def __enter__(self) -> None:

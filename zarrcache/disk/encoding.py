@@ -408,11 +408,10 @@ def _from_float16(
     if stored_as.absolute_error or _BIAS + stored_as.scale > 127:
         # There are subnormal numbers. As such float32 they would be lost in a thread with
         # torch.set_flush_denormal(True).
-        table = _float16_table()
         factor = np.float32(math.ldexp(1.0, stored_as.scale))
         for start in range(0, len(flat), _STEP):
             part = flat[start : start + _STEP]
-            np.take(table, halves[start : start + _STEP].view(np.uint16), out=part, mode="clip")
+            np.copyto(part, halves[start : start + _STEP])
             np.multiply(part, factor, out=part)
         return
     signed, bits = halves.view(np.int16), flat.view(np.int32)
@@ -425,12 +424,6 @@ def _from_float16(
         np.bitwise_and(words, mask, out=words)
         floats = flat[start : start + _STEP]
         np.multiply(floats, factor, out=floats)
-
-
-@functools.cache
-def _float16_table() -> NDArray[np.float32]:
-    """Every float16 as float32, 256 KiB. Entries hold neither NaN nor infinity."""
-    return np.arange(2**16, dtype="<u2").view("<f2").astype(np.float32)
 
 
 def is_within(

@@ -32,7 +32,7 @@ import os
 import struct
 from dataclasses import dataclass
 from io import FileIO
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -453,13 +453,7 @@ def parse_header(
 
 
 def _stored_as_of(fields: dict[str, Any]) -> StoredAs:
-    """The encoding in a header of version 2.
-
-    Raises
-    ------
-    ValueError
-        It is not known, or not the one of the entry's key.
-    """
+    """The encoding in a header of version 2. Raises ValueError."""
     stored_as = StoredAs(
         str(fields["encoding"]),
         float(fields["relative_error"]),
@@ -485,10 +479,6 @@ def _is_length_of(header: EntryHeader, itemsize: int) -> bool:
         and values * itemsize <= most_bytes()
         and math.prod(stored_shape) * np.dtype(stored_dtype).itemsize == header.nbytes
     )
-
-
-class _Stream(Protocol):
-    def readinto(self, buffer: Any, /) -> int | None: ...
 
 
 class EntryStream:
@@ -520,7 +510,7 @@ class EntryStream:
         (:func:`zarrcache._units.most_bytes`).
     """
 
-    def __init__(self, stream: _Stream, file_bytes: int, key: ArrayKey, where: str) -> None:
+    def __init__(self, stream: Any, file_bytes: int, key: ArrayKey, where: str) -> None:
         self._stream, self._where = stream, where
         start = bytes(self._fill(bytearray(_PREFIX.size)))
         magic, version, length, _ = _PREFIX.unpack(start)

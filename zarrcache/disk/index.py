@@ -186,11 +186,7 @@ class Index:
                     and f"/{key}" in filename
                 ):
                     note = value.partition(" ")[2]
-                    # Caches of the first build have listings among the arrays; their notes end
-                    # with an empty array name.
-                    tag = LISTING if tag == ARRAY and note.endswith("\n") else tag
-                    if kind is None or tag == kind:
-                        yield Row(key, tag, filename, size, stored_s, note)
+                    yield Row(key, tag, filename, size, stored_s, note)
             last = page[-1][0]
 
     def totals(self) -> dict[str, tuple[int, int]]:
@@ -480,8 +476,7 @@ class Index:
         kinds = (ARRAY, OBJECT) if kind is None else (kind,)
         return self._file.select(
             f"SELECT key, size FROM Cache WHERE tag IN ({', '.join('?' * len(kinds))}) "
-            # listings of the first build, see `rows`
-            "AND substr(value, -1) != char(10) ORDER BY rowid LIMIT ?",
+            "ORDER BY rowid LIMIT ?",
             (*kinds, most),
         )
 

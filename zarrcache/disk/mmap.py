@@ -254,13 +254,7 @@ def _whole(nbytes: int) -> int:
 
 
 def _mapped(fd: int, place: Place, dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """An array over a new map of a file.
-
-    Raises
-    ------
-    OSError
-        It cannot be mapped.
-    """
+    """An array over a new map of a file. Raises OSError."""
     try:
         mapping = _Mapping(-1, _whole(place.file_bytes), flags=mmap.MAP_PRIVATE)
         array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, mapping, place.offset)

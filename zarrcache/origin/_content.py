@@ -336,15 +336,7 @@ class CheckedReads:
         )
 
     def _confirmed(self, held: Mapping[ObjectInfo, Buffer]) -> Iterator[tuple[ObjectInfo, Buffer]]:
-        """Confirm contents that neither an MD5 nor TLS confirms.
-
-        Raises
-        ------
-        IncompleteArrayError
-            An object is damaged at the origin.
-        OriginError
-            No two readings of an object agree.
-        """
+        """Confirm contents that neither an MD5 nor TLS confirms, or raise what `fetch` raises."""
         doubtful = {obj for obj in held if self._content.is_doubtful(obj)}
         encrypted = self._encrypted(doubtful) if self._content.asks_for_encryption else set()
         again = {}

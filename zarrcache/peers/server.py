@@ -236,16 +236,7 @@ def _listen(host: str, port: int, *, needs_loopback: bool) -> socket.socket:
 class _Connection(web.RequestHandler):
     """One connection of aiohttp, with a limit of bytes and seconds for each request.
 
-    Parameters
-    ----------
-    service : _Service
-    server : web.Server
-        Calls the service for each request.
-
-    Attributes
-    ----------
-    lease : Lease or None
-        Granted over this connection; it ends with the connection.
+    Its ``lease``, if one was granted over it, ends with it.
     """
 
     def __init__(self, service: _Service, server: web.Server) -> None:
@@ -501,10 +492,7 @@ class _Service:
 class _Answer:
     """The answer to one request.
 
-    Attributes
-    ----------
-    seal : str
-        The digest of the request, once it has proved the token.
+    ``seal`` is the digest of the request, once it has proved the token.
     """
 
     def __init__(self, key: bytes, request: web.BaseRequest) -> None:

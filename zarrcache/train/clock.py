@@ -16,6 +16,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import operator
 import os
 import resource
 import struct
@@ -96,22 +97,10 @@ class _Meter(NamedTuple):
     faults: int
 
     def minus(self, other: _Meter) -> _Meter:
-        wall_ns, cpu_ns, queued_ns, faults = other
-        return _Meter(
-            self.wall_ns - wall_ns,
-            self.cpu_ns - cpu_ns,
-            self.queued_ns - queued_ns,
-            self.faults - faults,
-        )
+        return _Meter(*map(operator.sub, self, other))
 
     def plus(self, other: _Meter) -> _Meter:
-        wall_ns, cpu_ns, queued_ns, faults = other
-        return _Meter(
-            self.wall_ns + wall_ns,
-            self.cpu_ns + cpu_ns,
-            self.queued_ns + queued_ns,
-            self.faults + faults,
-        )
+        return _Meter(*map(operator.add, self, other))
 
 
 class _Frame:

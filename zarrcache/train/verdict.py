@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from zarrcache._units import counted
 from zarrcache.stats import Stats
 from zarrcache.train.clock import PARTS, Part
 
@@ -274,14 +275,10 @@ def judge(
     text = f"The training waited {ratio:.0%} of the time, for {for_what}. Do this: {advice}"
     if cause in _OF_WORKERS:
         text += (
-            f" There {'is' if workers == 1 else 'are'} {_count(workers, 'worker')}, and "
-            f"{_count(usable, 'core')} for this process."
+            f" There {'is' if workers == 1 else 'are'} {counted(workers, 'worker')}, and "
+            f"{counted(usable, 'core')} for this process."
         )
     return Verdict(cause, ratio, text)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _part(times: EpochTimes, name: Part) -> float:
