@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from zarrcache._keys import check_task_ids
+from zarrcache._units import parse_bytes, parse_seconds
 from zarrcache.cli.app import say
 from zarrcache.errors import ConfigError
 from zarrcache.parallel import node_name
@@ -19,6 +20,8 @@ from zarrcache.parallel import node_name
 if TYPE_CHECKING:
     from zarrcache.config import CacheConfig, DataConfig
     from zarrcache.parallel import Engine
+
+N = TypeVar("N", int, float)
 
 __all__ = [
     "Anonymous",
@@ -45,24 +48,18 @@ __all__ = [
 ]
 
 
-def size(text: str) -> int:
-    """Parse a size such as ``50 GiB`` to bytes."""
-    from zarrcache._units import parse_bytes
+def _parser(parse: Callable[[str], N]) -> Callable[[str], N]:
+    def of_option(text: str) -> N:
+        try:
+            return parse(text)
+        except ValueError as exc:
+            raise typer.BadParameter(str(exc)) from exc
 
-    try:
-        return parse_bytes(text)
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
+    return of_option
 
 
-def seconds(text: str) -> float:
-    """Parse a duration such as ``30d`` to seconds."""
-    from zarrcache._units import parse_seconds
-
-    try:
-        return parse_seconds(text)
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
+#: ``50 GiB`` in bytes, and ``30d`` in seconds.
+size, seconds = _parser(parse_bytes), _parser(parse_seconds)
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:

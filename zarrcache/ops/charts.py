@@ -71,7 +71,7 @@ def lines(
     if x.top is not None:
         low, high = 0.0, x.top
     steps = _ticks(low, high) if high > low else [low]
-    across = _Scale(low, high, _LEFT, _WIDTH - _RIGHT)
+    across = _scale(low, high, _LEFT, _WIDTH - _RIGHT)
     up, body = _frame(series, y)
     for tick in steps:
         body.append(_text(across(tick), _HEIGHT - _BOTTOM + 18, x.show(tick), "middle"))
@@ -132,16 +132,10 @@ def columns(
     return _figure(title, series, body, x_title, dashed=False)
 
 
-class _Scale:
-    """Numbers to places in the drawing."""
-
-    def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        self._low, self._span = low, high - low
-        self._start, self._end = start, end
-
-    def __call__(self, value: float) -> float:
-        share = (value - self._low) / self._span if self._span else 0.5
-        return self._start + share * (self._end - self._start)
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    """Numbers from ``low`` to ``high`` as places in the drawing."""
+    span = high - low
+    return lambda value: start + ((value - low) / span if span else 0.5) * (end - start)
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -155,7 +149,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _frame(series: Sequence[Series], y: Axis) -> tuple[_Scale, list[str]]:
+def _frame(series: Sequence[Series], y: Axis) -> tuple[Callable[[float], float], list[str]]:
     """The vertical scale from 0, with its lines and numbers."""
     top = y.top
     if top is None:
@@ -163,7 +157,7 @@ def _frame(series: Sequence[Series], y: Axis) -> tuple[_Scale, list[str]]:
     ticks = _ticks(0.0, top) if top > 0 else [0.0]
     if top > ticks[-1] and y.top is None:
         ticks.append(ticks[-1] + (ticks[1] if len(ticks) > 1 else top))
-    up = _Scale(0.0, max(ticks[-1], top if y.top else 0) or 1.0, _HEIGHT - _BOTTOM, _TOP)
+    up = _scale(0.0, max(ticks[-1], top if y.top else 0) or 1.0, _HEIGHT - _BOTTOM, _TOP)
     body = [_text(0, 13, y.title, "start")]
     for tick in ticks:
         place = up(tick)
