@@ -7,7 +7,8 @@ import logging
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 from zarrcache._units import format_bytes
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from zarrcache.ops import Panel
 
-__all__ = ["LiveText", "Meter", "StderrHandler", "is_quiet", "show_panels"]
+__all__ = ["Meter", "StderrHandler", "is_quiet", "live_text", "show_panels"]
 
 #: Seconds between two progress lines without a terminal: the log of an hour fits a few pages.
 _LINE_EVERY_S = 10.0
@@ -109,25 +110,15 @@ class Meter:
         return text + (f", {count(self._failed)} failed" if self._failed else "")
 
 
-class LiveText:
-    """Lines on stdout that are replaced in place."""
+@contextmanager
+def live_text() -> Iterator[Callable[[Sequence[str]], None]]:
+    """Lines on stdout that the function it gives replaces in place."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
 
-    def __enter__(self) -> Self:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._live = Live(console=Console(highlight=False), auto_refresh=False)
-        self._live.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._live.stop()
-
-    def show(self, lines: Sequence[str]) -> None:
-        """Replace all lines."""
-        from rich.text import Text
-
-        self._live.update(Text("\n".join(lines)), refresh=True)
+    with Live(console=Console(highlight=False), auto_refresh=False) as live:
+        yield lambda lines: live.update(Text("\n".join(lines)), refresh=True)
 
 
 def show_panels(rows: Sequence[Sequence[Panel]]) -> None:

@@ -76,7 +76,7 @@ def _keep(path: Path, monitor: Monitor, interval_s: float, *, once: bool) -> Non
 
 
 def _watch(monitor: Monitor, interval_s: float, *, once: bool, as_json: bool) -> None:
-    from zarrcache.cli.progress import LiveText
+    from zarrcache.cli.progress import live_text
 
     if once or as_json or not sys.stdout.isatty():
         while True:
@@ -91,9 +91,9 @@ def _watch(monitor: Monitor, interval_s: float, *, once: bool, as_json: bool) ->
                     show(line)
             if once:
                 return
-    with LiveText() as screen:
+    with live_text() as show_lines:
         while True:
-            screen.show(activity_lines(monitor.read()))
+            show_lines(activity_lines(monitor.read()))
             time.sleep(interval_s)
 
 
