@@ -67,6 +67,7 @@ def make_map(
 
     They are listed under the name of a functional. Other functionals of a map that exists are kept.
     """
+    from zarrcache.data import first_ids
     from zarrcache.ops import find_ids, write_map
 
     kinds = source.split(",") if "," in source else source
@@ -77,7 +78,7 @@ def make_map(
         (found.refused, "not named like a task id (letters, digits and ._+=@-)"),
     ):
         if names:
-            say(f"left out: {plural(len(names), 'id')} {why}: {', '.join(names[:5])}")
+            say(f"left out: {plural(len(names), 'id')} {why}: {first_ids(names)}")
     if not found.ids:
         say("error: the directories have no id in common, so no map is written.", always=True)
         return 1

@@ -288,6 +288,8 @@ def format_warm_report(report: WarmReport, directory: object) -> str:
 
 def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
     """Hints for the user after ``warm``, one per line."""
+    from zarrcache.data import first_ids
+
     notes = []
     if plan.trusted and not plan.revalidate:
         trusted = plural(plan.trusted, "density was", "densities were")
@@ -301,10 +303,10 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
             "--revalidate to list them again."
         )
     if report.unequal:
-        names = ", ".join(report.unequal[:5]) + (", …" if report.unequal[5:] else "")
         notes.append(
             f"{plural(len(report.unequal), 'id')} with input and label on different grids: "
-            f"{names}. If the network needs equal grids, leave them out of the map."
+            f"{first_ids(report.unequal)}. If the network needs equal grids, leave them out of "
+            "the map."
         )
     if report.lacking and not report.refusal:
         notes.append(_lacking_note(report.lacking, plan.reader.if_missing))
@@ -356,10 +358,11 @@ def _needed(report: WarmReport) -> str:
 
 def _lacking_note(task_ids: Sequence[str], missing: Missing) -> str:
     """What becomes of ids that lack a channel."""
+    from zarrcache.data import first_ids
+
     becomes = {"zero": "it is zero there", "drop": "they are left out of the split"}
     lack = "lacks" if len(task_ids) == 1 else "lack"
-    names = ", ".join(task_ids[:5]) + (", …" if task_ids[5:] else "")
     return (
         f"{plural(len(task_ids), 'id')} {lack} a channel of density_type; {becomes[missing]} "
-        f"(missing: {missing}): {names}."
+        f"(missing: {missing}): {first_ids(task_ids)}."
     )
