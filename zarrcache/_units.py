@@ -7,6 +7,7 @@ import operator
 import os
 import re
 from fractions import Fraction
+from threading import TIMEOUT_MAX
 from typing import Any
 
 from zarrcache.errors import ConfigError
@@ -28,7 +29,7 @@ for _i, _letter in enumerate("kmgtp", start=1):
     _SIZE_UNITS[_letter + "b"] = 1000**_i
     _SIZE_UNITS[_letter] = _SIZE_UNITS[_letter + "ib"] = 1024**_i
 _TIME_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z%]*)\s*")
+_QUANTITY = re.compile(r"\s*([0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})\s*([A-Za-z%]*)\s*")
 
 
 class Percent(float):
@@ -59,17 +60,20 @@ def parse_seconds(value: object) -> float:
     Raises
     ------
     ValueError
-        Not a duration; the message shows the value and the accepted forms.
+        Not a duration, or one of more than 292 years, for which no call can wait; the message shows
+        the value and the accepted forms.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
-        return float(value)
+    seconds: Any = value
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
-    if match is None or match[2].lower() not in _TIME_UNITS:
-        raise ValueError(
-            f"{value!r} is not a duration. Write for example '60 s', '5 min', '30 d' or a number "
-            "of seconds."
-        )
-    return float(match[1]) * _TIME_UNITS[match[2].lower()]
+    if match is not None and match[2].lower() in _TIME_UNITS:
+        seconds = float(match[1]) * _TIME_UNITS[match[2].lower()]
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if is_number and 0 <= seconds <= TIMEOUT_MAX:
+        return float(seconds)
+    raise ValueError(
+        f"{value!r} is not a duration. Write for example '60 s', '5 min', '30 d' or a number of "
+        "seconds."
+    )
 
 
 def format_bytes(n: int) -> str:

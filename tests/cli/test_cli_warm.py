@@ -325,7 +325,7 @@ def test_a_config_without_cache_block_is_exit_2(tmp_path: Path) -> None:
     path.write_text(text.replace("limit:", "limt:"))
     done = zarrcache("warm", path, "--verbose")
     assert done.code == 2
-    assert "error: cache.limt is not a setting. Did you mean 'limit'?" in done.err
+    assert "train.yaml: cache.limt is not a setting. Did you mean 'limit'?" in done.err
     assert "Traceback" in done.err
 
 

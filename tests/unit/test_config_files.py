@@ -295,7 +295,7 @@ def test_what_yaml_1_1_reads_as_another_number_is_text(
 ) -> None:
     """``12:30:00`` was 45000 bytes, ``1_000`` was 1000."""
     path = written(tmp_path, f"dir: /scratch\n{key}: {text}\n")
-    with pytest.raises(ConfigError, match=f"^cache.{key}: {re.escape(refusal)}"):
+    with pytest.raises(ConfigError, match=f"config.yaml: cache.{key}: {re.escape(refusal)}"):
         CacheConfig.from_yaml(path)
 
 
@@ -313,6 +313,36 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     assert (config.retry.attempts, config.retry.timeout) == (7, 1.5)
     with pytest.raises(ConfigError, match=r"cache.retry.timeout: '1:30' is not a duration"):
         CacheConfig.from_yaml(written(tmp_path, "dir: /s\nretry: {timeout: 1:30}\n"))
-    for number in ("0x_", "0x1_0", "9" * 5000):
-        with pytest.raises(ConfigError, match=r"config\.yaml.*not YAML|cache\.limit: '0x"):
+    for number in ("0x_", "0x1_0", "9" * 5000, "0x" + "f" * 20_000, "9" * 5000 + " GiB"):
+        with pytest.raises(ConfigError, match=r"config\.yaml: cache\.limit: '(0x|9999).* a size"):
             CacheConfig.from_yaml(written(tmp_path, f"dir: /s\nlimit: {number}\n"))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("!!float ''", "line 2 has a value that cannot be read"),
+        ("!!bool maybe", "line 2 has a value that cannot be read"),
+        ("!!set [a]", "line 2 has a value that cannot be read"),
+        ("!!binary 'é'", "is not YAML"),
+        ("!!python/object:os.system x", "is not YAML"),
+        ("{? [a] : b}", "is not YAML"),
+        ("&x [*x]", "is not YAML"),
+        ("[" * 2000, "is not YAML|lists or mappings in each other"),
+        ("[" * 2000 + "]" * 2000, "lists or mappings in each other"),
+        ('"a\\0b"', "line 2 has an escape"),
+        ('"\\ud800"', "line 2 has an escape"),
+        ("!!int ''", "cache.retry.timeout: '' is not a duration"),
+        ("9" * 400 + " s", "cache.retry.timeout: '999.* is not a duration"),
+        ("9" * 400, "cache.retry.timeout: '999.* is not a duration"),
+        (".inf", "cache.retry.timeout: inf is not a duration"),
+        ("9.3e+9", "cache.retry.timeout: 9300000000.0 is not a duration"),
+    ],
+)
+def test_a_value_that_yaml_cannot_mean_is_named_with_its_file(
+    tmp_path: Path, value: str, words: str
+) -> None:
+    path = written(tmp_path, f"dir: /s\nretry: {{timeout: {value}}}\n")
+    with pytest.raises(ConfigError, match=words) as caught:
+        CacheConfig.from_yaml(path)
+    assert str(caught.value).startswith(f"config file {path}")

@@ -399,6 +399,10 @@ def test_configs_that_cannot_be_used_are_named(config: str, tmp_path: Path) -> N
         module({**yaml.safe_load(Path(config).read_text()), "dataset_name": "chgcar_data"})
     with pytest.raises(ConfigError, match=r"config file nowhere\.yaml cannot be read"):
         module("nowhere.yaml")
+    path = tmp_path / "train.yaml"
+    path.write_text(Path(config).read_text() + "random_state: soon\n")
+    with pytest.raises(ConfigError, match=rf"^config file {path}: random_state: has to be a whole"):
+        module(str(path))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

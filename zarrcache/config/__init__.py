@@ -12,7 +12,7 @@ import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -62,6 +62,7 @@ __all__ = [
     "YamlLoader",
     "cache_of",
     "datasets_of_configs",
+    "naming",
     "plain",
 ]
 
@@ -213,6 +214,17 @@ class PriceConfig(Block):
     transfer_per_gib: float = Field(0.0, ge=0, description="one GiB to the training nodes")
 
 
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Begin the message of a ConfigError with the file that holds the settings."""
+    try:
+        yield
+    except ConfigError as exc:
+        text = str(exc)
+        apart = "\n" if "\n" in text else " "
+        raise ConfigError(f"{where}:{apart}{text}") from None
+
+
 def _or_none(value: object) -> object:
     """Convert an empty string, as from an empty variable, to None."""
     return None if value == "" else value
@@ -355,7 +367,8 @@ class CacheConfig(Block):
     def from_yaml(cls, path: str | os.PathLike[str]) -> CacheConfig:
         """Read the ``cache:`` block of a training config, or a file with the keys of that block."""
         keys = next(iter(read_datasets(path).values()))
-        return cls.of(keys.get("cache", keys))
+        with naming(f"config file {os.fspath(path)}"):
+            return cls.of(keys.get("cache", keys))
 
     @classmethod
     def of(cls, value: CacheConfig | Mapping[str, Any]) -> CacheConfig:
@@ -573,7 +586,10 @@ class DataConfig(Block):
                 f"{where} has {len(named)} datasets: {', '.join(map(repr, named))}.{remedy}"
             )
         (keys,) = named.values()
-        return cls(**keys)
+        if where == "cfg":
+            return cls(**keys)
+        with naming(where):
+            return cls(**keys)
 
 
 def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:

@@ -51,6 +51,8 @@ _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)\}")
 _OWN_KEYS = frozenset({"data_dir", "label_dir", "map_dir", "data_path", "label_path", "map_path"})
 #: Older names of electrai for the same things.
 _OLDER_NAMES = {"data_path": "data_dir", "label_path": "label_dir", "map_path": "map_dir"}
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_MOST_DIGITS = 40
 _BLOCKS = ("data", "datamodule")
 #: Keys that a `datasets` entry of electrai may have, and of the block those that hold for all.
 _SPEC_KEYS = frozenset({"root", "split_file", "val_frac", "dataset_id", "data_dir", "label_dir"})
@@ -394,8 +396,13 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         document = yaml.load(text, YamlLoader)
     except ConfigError as exc:
         raise ConfigError(f"config file {os.fspath(path)}: {exc}") from None
-    except (yaml.YAMLError, ValueError) as exc:  # the latter of a number of thousands of digits
+    except yaml.YAMLError as exc:
         raise ConfigError(f"config file {os.fspath(path)} is not YAML: {exc}") from exc
+    except RecursionError:
+        raise ConfigError(
+            f"config file {os.fspath(path)} has hundreds of lists or mappings in each other. It "
+            "has to hold keys and values; `zarrcache init` writes an example."
+        ) from None
     if not isinstance(document, dict):
         raise ConfigError(
             f"config file {os.fspath(path)} holds no keys. `zarrcache init` writes an example."
@@ -408,14 +415,38 @@ class YamlLoader(yaml.SafeLoader):
 
     PyYAML takes the last of two keys. Its numbers are those of YAML 1.1: ``12:30:00`` is 45000,
     ``042`` is 34, ``1_000`` is 1000, and ``2026-11-30`` is a date. Here they are text, except
-    ``042``, which is 42.
+    ``042``, which is 42. Numbers of more than 40 digits are text too, which no setting takes for a
+    number.
     """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        # Deep: now and not in a later pass, so that each error has its line, and PyYAML refuses an
+        # alias of the value that the alias is in.
+        try:
+            return super().construct_object(node, deep=True)
+        except (ConfigError, yaml.YAMLError, RecursionError):
+            raise
+        except Exception as exc:  # PyYAML's constructors expect a value that fits its tag
+            raise ConfigError(
+                f"line {node.start_mark.line + 1} has a value that cannot be read ({exc!r}). Write "
+                "text, a number, true, false, null, a list or a mapping, without a tag such as "
+                "!!float."
+            ) from exc
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if _NO_TEXT.search(value):
+            raise ConfigError(
+                f"line {node.start_mark.line + 1} has an escape such as \\0 or \\ud800, which no "
+                "path or name can contain. Remove it."
+            )
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise ConfigError(
                     f"the key {key.value!r} is in line {seen[key.value]} and again in line "
                     f"{line}. Remove one of them."
@@ -431,6 +462,8 @@ def _text(loader: YamlLoader, node: yaml.ScalarNode) -> str:
 
 def _whole(loader: YamlLoader, node: yaml.ScalarNode) -> int | str:
     text = _text(loader, node)
+    if len(text) > _MOST_DIGITS:
+        return text
     if "x" in text and "_" not in text:
         return int(text, 16)
     return int(text) if text.lstrip("+-").isdecimal() else text

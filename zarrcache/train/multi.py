@@ -5,13 +5,14 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, Literal
 
 from torch.utils.data import ConcatDataset
 
 from zarrcache._units import whole_number
-from zarrcache.config import DataConfig, LoaderConfig, datasets_of_configs
+from zarrcache.config import DataConfig, LoaderConfig, datasets_of_configs, naming
 from zarrcache.data import Split, ZarrS3Reader, hold_out, open_reader, permuted_split
 from zarrcache.errors import ConfigError
 from zarrcache.train.datasets import ZarrDataset
@@ -226,10 +227,10 @@ def _configs(config: Any) -> dict[str, tuple[DataConfig, LoaderConfig]]:
             else next(iter(_configs(one).values()))
             for name, one in config.items()
         }
-    return {
-        name: (DataConfig(**keys), LoaderConfig(**keys))
-        for name, keys in datasets_of_configs(config).items()
-    }
+    is_path = isinstance(config, (str, os.PathLike))
+    named = datasets_of_configs(config)
+    with naming(f"config file {os.fspath(config)}") if is_path else nullcontext():
+        return {name: (DataConfig(**keys), LoaderConfig(**keys)) for name, keys in named.items()}
 
 
 def _split_files(
