@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +37,7 @@ __all__ = [
     "density_name",
     "is_density",
     "is_digest",
+    "is_url",
     "mantissa_bits",
     "safe_repr",
     "source_digest",
@@ -73,6 +75,8 @@ _DENSITY = "charge_density_"
 #: are those of a non-collinear CHGCAR.
 _DENSITIES = ("total", "diff", "diff_x", "diff_y", "diff_z")
 _ARRAY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]*(/[A-Za-z0-9_][A-Za-z0-9_.+=@-]*)*")
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 320
@@ -366,6 +370,11 @@ def check_encoding(encoding: object) -> str:
 def is_digest(text: object) -> bool:
     """Whether ``text`` is a digest. No other untrusted input becomes part of a file name."""
     return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL, of which pathlib leaves one slash: ``s3:/bucket``."""
+    return _URL.match(os.fspath(path)) is not None
 
 
 def source_digest(objects: Iterable[ObjectInfo]) -> str:

@@ -55,6 +55,48 @@ def test_a_url_that_lost_a_slash_is_no_directory(files: Path) -> None:
     assert "'s3:/bucket/input' has a URL scheme that is not supported. Write s3://" in done.err
 
 
+def test_a_bucket_without_its_scheme_is_noticed(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a path; only that its first directory does not exist gives it away."""
+    monkeypatch.chdir(tmp_path)
+    note = "note: my-bucket is a new directory of this machine. For a bucket write s3://my-bucket/x"
+    one = max(files.iterdir())
+    done = zarrcache("convert", one, "my-bucket/x", "--dry-run")
+    assert (done.code, note in done.err) == (0, True)
+    done = zarrcache("convert", one, "my-bucket/x")
+    assert (done.code, note in done.err) == (0, True)
+    assert done.out.startswith(f"Converted 1 of 1 file to {tmp_path}/my-bucket/x (")
+    for local in ("my-bucket/y", "new", "./new/z", tmp_path / "new" / "w", f"file://{tmp_path}/v"):
+        assert "note:" not in zarrcache("convert", one, local, "--dry-run").err
+    for option in (("--anon",), ("--endpoint-url", "http://localhost:1")):
+        refused = zarrcache("convert", one, "my-bucket/x", *option)
+        assert (refused.code, refused.out) == (2, "")
+        assert f"{tmp_path}/my-bucket/x is a directory of this machine, and there" in refused.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", "s3://bucket/chgcars", "out"),
+        ("map", ".", "-o", "s3://bucket/map.json.gz"),
+        ("init", "s3://bucket/train.yaml"),
+        ("warm", "s3://bucket/train.yaml"),
+        ("status", "--dir", "s3://bucket/cache"),
+        ("diff", "s3://bucket/data.lock", "data.lock"),
+    ],
+)
+def test_a_file_of_this_machine_is_no_url(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be read from, or written to, a directory ``s3:``."""
+    monkeypatch.chdir(tmp_path)
+    done = zarrcache(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert "is a URL. Give a path of this machine" in done.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_source_and_a_destination_that_cannot_be_looked_at_are_named(
     files: Path, tmp_path: Path
 ) -> None:

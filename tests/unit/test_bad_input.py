@@ -87,7 +87,8 @@ class TestMap:
         with pytest.raises(
             ValueError,
             match=re.escape(
-                "Functional 'PBE' not found in mapping. Available: ['GGA', 'SCAN', 'r2SCAN']"
+                f"Functional 'PBE' not found in mapping {data}/map.json. Available: ['GGA', "
+                "'SCAN', 'r2SCAN']. Set functional to one of them."
             ),
         ) as caught:
             make_reader(data, functional="PBE").data_split()
@@ -96,7 +97,7 @@ class TestMap:
     def test_functional_without_ids_says_that_nothing_can_be_split(self, data: Path) -> None:
         with pytest.raises(
             ConfigError,
-            match=r"Nothing to split: no task id of the functional has both stores\. Check",
+            match=rf"Nothing to split: of 0 task ids of SCAN in {data}/map\.json, none has both",
         ):
             make_reader(data, functional="SCAN").data_split()
 
@@ -106,7 +107,7 @@ class TestMap:
         """In the warning; the error says that nothing is left."""
         with (
             caplog.at_level(logging.WARNING),
-            pytest.raises(ConfigError, match="no task id of the functional has both stores"),
+            pytest.raises(ConfigError, match="none has both input"),
         ):
             make_reader(data, functional="r2SCAN").data_split()
         assert "1 of 1 task ids of r2SCAN have no store" in caplog.text

@@ -247,7 +247,7 @@ def test_one_of_several_datasets_is_named_after_the_path(tmp_path: Path) -> None
         ({"data": {"root": "/tmp"}}, "root is the directory /tmp"),
         (
             {"data": {**KEYS, "cache": {"dir": "s3://bucket/c"}}},
-            "cache.dir is s3://bucket/c, a URL",
+            "cache.dir: 's3:/bucket/c' is a URL",
         ),
         ({"data": {"config": []}}, "config is empty"),
         ({"data": {"config": {"a": {"config": [KEYS, KEYS]}}}}, "config a has several datasets"),

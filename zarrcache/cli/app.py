@@ -14,11 +14,13 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from zarrcache import __version__
+from zarrcache._keys import is_url
 from zarrcache.cli._early import leave_ctrl_c_to_python
 from zarrcache.cli.format import count
 from zarrcache.cli.progress import StderrHandler, is_quiet
@@ -70,6 +72,12 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
             if quiet or verbose:
                 _log.setLevel(logging.DEBUG if verbose else logging.ERROR)
             try:
+                for value in kwargs.values():
+                    if isinstance(value, Path) and is_url(value):
+                        raise ConfigError(
+                            f"{value} is a URL. Give a path of this machine; `aws s3 cp` copies "
+                            "files from and to S3."
+                        )
                 with raise_on_signals():
                     code = function(*args, **kwargs)
             except BrokenPipeError:  # `zarrcache ls | head`: click ends quietly

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -158,6 +159,9 @@ def convert(
             config, s3_kwargs, endpoint_url=endpoint_url, profile=profile, anon=anon
         ),
     )
+    first = dst.partition("/")[0]
+    if "/" in dst and "://" not in dst and first.strip("~") and not os.path.lexists(first):
+        say(f"note: {first} is a new directory of this machine. For a bucket write s3://{dst}")
     if dry_run:
         if as_json:
             keys = ("dst", "files", "skipped", "source_bytes", "workers", "unrecorded")

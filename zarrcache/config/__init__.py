@@ -34,6 +34,7 @@ from zarrcache._keys import (
     Missing,
     check_density_type,
     check_encoding,
+    is_url,
     safe_repr,
 )
 from zarrcache._units import Percent, bytes_or_percent, parse_bytes, parse_seconds
@@ -324,19 +325,15 @@ class CacheConfig(Block):
                 "cache.dir is missing. Give a directory on the node's own disk, for example dir: "
                 "${SLURM_TMPDIR:-/tmp}/zarrcache."
             )
-        data = {k: expand(v) for k, v in data.items()}
-        if "://" in str(data["dir"]):
-            raise ConfigError(
-                f"cache.dir is {data['dir']}, a URL. It has to be a directory on this node's own "
-                "disk."
-            )
-        super().__init__(**data)
+        super().__init__(**{k: expand(v) for k, v in data.items()})
 
     @field_validator("dir", "lock", "lower", "peer_token_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         if value is None:
             return None
+        if is_url(value):
+            raise ValueError(f"{safe_repr(str(value))} is a URL; write a path of this machine")
         try:
             return Path(os.path.abspath(value.expanduser()))
         except RuntimeError as exc:

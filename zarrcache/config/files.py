@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from zarrcache._keys import is_url, safe_repr
 from zarrcache.errors import ConfigError
 
 __all__ = [
@@ -380,6 +381,11 @@ def _items(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    if is_url(path):
+        raise ConfigError(
+            f"config file {os.fspath(path)} is a URL, and is read from this machine. Copy it here "
+            "(`aws s3 cp`) and give its path."
+        )
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as exc:
@@ -428,9 +434,9 @@ class YamlLoader(yaml.SafeLoader):
             raise
         except Exception as exc:  # PyYAML's constructors expect a value that fits its tag
             raise ConfigError(
-                f"line {node.start_mark.line + 1} has a value that cannot be read ({exc!r}). Write "
-                "text, a number, true, false, null, a list or a mapping, without a tag such as "
-                "!!float."
+                f"line {node.start_mark.line + 1} has a value that cannot be read "
+                f"({safe_repr(exc)}). Write text, a number, true, false, null, a list or a "
+                "mapping, without a tag such as !!float."
             ) from exc
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:

@@ -261,11 +261,17 @@ def plan_convert(
     Raises
     ------
     ConfigError
-        No such files, two with the same task id, or an unusable destination or setting.
+        No such files, two with the same task id, or an unusable destination or setting:
+        ``s3_kwargs`` for a directory, for example.
     OriginError
         The bucket does not exist, or access is denied.
     """
     target = _destination_of(dst)
+    if s3_kwargs and not is_s3(target):
+        raise ConfigError(
+            f"{target} is a directory of this machine, and there are settings for S3. Write "
+            "s3://bucket/prefix, or leave the settings out."
+        )
     sizes: tuple[int, ...] = (chunks,) * 3 if isinstance(chunks, int) else tuple(chunks)
     check_layout(sizes, zarr_format)
     for name, value, known in (

@@ -39,6 +39,7 @@ from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import (
     Split,
     first_ids,
+    full_path,
     is_file_list,
     listed_ids,
     mapped_ids,
@@ -354,6 +355,14 @@ class PairReader(ABC):
         if self._lock is not None:
             self._lock.check_split(None)
         ids = self._completed().ids if decided else self._present().ids
+        if not ids:
+            data, label = self._urls()
+            why = " and every channel" if self._present().ids else ""
+            raise ConfigError(
+                f"Nothing to split: of {counted(len(self.mapped_ids()), 'task id')} of "
+                f"{self.functional} in {full_path(self.map_dir)}, none has both input ({data}) and "
+                f"label ({label}){why}. Check functional, map_dir, data_dir and label_dir."
+            )
         train, test = split_ids(ids, self.tf, self.rs)
         return Split(tuple(train), (), tuple(test))
 
@@ -384,10 +393,10 @@ class PairReader(ABC):
                 lost = [f"{id_} (line {line_of[id_]})" for id_ in missing]
             data, label = self._urls()
             raise ConfigError(
-                f"{self.map_dir}: {len(missing)} of {len(missing) + len(self._present().ids)} "
-                f"materials have no {self._unit} in {data} or {label}: {first_ids(lost)}. Put them "
-                "there or remove the lines. If they are new, run `zarrcache warm` to list the "
-                "origin again."
+                f"{full_path(self.map_dir)}: {len(missing)} of "
+                f"{len(missing) + len(self._present().ids)} materials have no {self._unit} in "
+                f"{data} or {label}: {first_ids(lost)}. Put them there or remove the lines. If "
+                "they are new, run `zarrcache warm` to list the origin again."
             )
         return self.task_ids
 
@@ -404,7 +413,7 @@ class PairReader(ABC):
         OriginError
             A directory cannot be listed.
         """
-        where = f"{self.map_dir} ({self.functional})"
+        where = f"{full_path(self.map_dir)} ({self.functional})"
         split = read_split(
             path, listed_ids(self.map_dir, self.functional), set(self._present().ids), where
         )

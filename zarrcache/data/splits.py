@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zarrcache._keys import check_task_id, check_task_ids, safe_repr
+from zarrcache._keys import check_task_id, check_task_ids, is_url, safe_repr
 from zarrcache._units import counted, read_bounded
 from zarrcache.errors import ConfigError
 
 __all__ = [
     "Split",
     "first_ids",
+    "full_path",
     "hold_out",
-    "ids_of",
     "is_file_list",
     "listed_ids",
     "mapped_ids",
@@ -60,7 +60,8 @@ def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         isinstance(ids, list) for ids in document.values()
     ):
         raise ConfigError(
-            f"map file {os.fspath(path)} does not hold {{functional: [task_id, ...]}}."
+            f"map file {full_path(path)} does not hold {{functional: [task_id, ...]}}. Make one "
+            "with `zarrcache map`; a list of task ids, one per line, is named .txt."
         )
     return dict(document)
 
@@ -77,7 +78,7 @@ def read_file_list(path: str | os.PathLike[str]) -> list[str]:
         an id of another line.
     """
     raw = _read(path, "file list", "root (or map_dir) to a text file with one task id per line")
-    where = f"file list {os.fspath(path)}"
+    where = f"file list {full_path(path)}"
     try:
         lines = raw.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as exc:
@@ -133,28 +134,58 @@ def listed_ids(path: str | os.PathLike[str], functional: str) -> list[str]:
     """
     if is_file_list(path):
         return read_file_list(path)
-    return _ids_in(read_map(path), functional)
+    mapping = read_map(path)
+    if functional not in mapping:
+        raise ConfigError(
+            f"Functional {functional!r} not found in mapping {full_path(path)}. Available: "
+            f"{safe_repr(list(mapping))}. Set functional to one of them."
+        )
+    try:
+        return check_task_ids(mapping[functional])
+    except ConfigError as exc:
+        raise ConfigError(f"map file {full_path(path)}, {functional}: {exc}") from None
 
 
 def mapped_ids(path: str | os.PathLike[str], functional: str) -> list[str]:
-    """As `listed_ids`, each id once. A warning names those that a map repeats."""
-    if is_file_list(path):
-        return read_file_list(path)
-    return ids_of(read_map(path), functional)
+    """As `listed_ids`, each id once.
+
+    An id that a map repeats would be drawn for training and for testing; it is named in a warning.
+    """
+    ids = listed_ids(path, functional)
+    unique = list(dict.fromkeys(ids))
+    if len(unique) < len(ids):
+        repeated = [id_ for id_, times in Counter(ids).items() if times > 1]
+        logger.warning(
+            "map file %s repeats %s of %s; each is used once: %s",
+            full_path(path),
+            counted(len(repeated), "task id"),
+            functional,
+            first_ids(repeated),
+        )
+    return unique
+
+
+def full_path(path: str | os.PathLike[str]) -> str:
+    """The path of a file in messages."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _read(path: str | os.PathLike[str], what: str, setting: str) -> bytes:
+    if is_url(path):
+        raise ConfigError(
+            f"{what} {os.fspath(path)} is a URL, and is read from this machine. Copy it here (`aws "
+            f"s3 cp`) and set {setting}."
+        )
     try:
         with Path(path).expanduser().open("rb") as file:
             return read_bounded(file, _MAX_BYTES)
     except OSError as exc:
         raise ConfigError(
-            f"{what} {os.path.abspath(os.path.expanduser(path))} cannot be read ({exc.strerror}). "
-            f"Set {setting}."
+            f"{what} {full_path(path)} cannot be read ({exc.strerror}). Set {setting}."
         ) from exc
     except ValueError as exc:
         raise ConfigError(
-            f"{what} {os.fspath(path)} is too large to be one ({exc}). Set {setting}."
+            f"{what} {full_path(path)} is too large to be one ({exc}). Set {setting}."
         ) from exc
 
 
@@ -168,42 +199,9 @@ def _read_json(path: str | os.PathLike[str], what: str, setting: str, content: s
         return json.loads(raw)
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as exc:
         raise ConfigError(
-            f"{what} {os.fspath(path)} is not JSON ({exc}). It has to hold {content}, as JSON or "
+            f"{what} {full_path(path)} is not JSON ({exc}). It has to hold {content}, as JSON or "
             "JSON.gz."
         ) from exc
-
-
-def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
-    """The task ids of one functional, in the map's order, each once.
-
-    An id that the map repeats would be drawn for training and for testing; it is named in a
-    warning.
-
-    Raises
-    ------
-    ConfigError
-        A ``ValueError``: the functional is not in the map (those in it are named), or an id is not
-        a plain name.
-    """
-    ids = _ids_in(mapping, functional)
-    unique = list(dict.fromkeys(ids))
-    if len(unique) < len(ids):
-        repeated = [id_ for id_, times in Counter(ids).items() if times > 1]
-        logger.warning(
-            "The map repeats %s of %s; each is used once: %s",
-            counted(len(repeated), "task id"),
-            functional,
-            first_ids(repeated),
-        )
-    return unique
-
-
-def _ids_in(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
-    if functional not in mapping:
-        raise ConfigError(
-            f"Functional {functional!r} not found in mapping. Available: {safe_repr(list(mapping))}"
-        )
-    return check_task_ids(mapping[functional])
 
 
 def first_ids(ids: Sequence[str]) -> str:
@@ -247,10 +245,7 @@ def split_ids(
 def training_count(count: int, train_fraction: Any) -> int:
     """How many of ``count`` ids are for training. Raises as `split_ids`."""
     if not count:
-        raise ConfigError(
-            "Nothing to split: no task id of the functional has both stores. Check functional, "
-            "map_dir, data_dir and label_dir."
-        )
+        raise ConfigError("Nothing to split: there are no task ids.")
     if train_fraction is None:
         kept = count - math.ceil(0.25 * count)
     elif isinstance(train_fraction, float) and 0 < train_fraction <= 1:
@@ -361,7 +356,7 @@ def read_split(
         label, or is listed twice; or ``mapped`` repeats ids and the file has positions.
     """
     document = _read_json(path, "split file", "split_file", _SPLIT)
-    name = f"split file {os.fspath(path)}"
+    name = f"split file {full_path(path)}"
     sides = _sides(document, name)
     given = [entry for entries in sides.values() for entry in entries]
     if any(type(entry) is int for entry in given) and len(set(mapped)) < len(mapped):

@@ -248,5 +248,5 @@ def _error(exc: OSError, path: str, obj: ObjectInfo | None) -> Exception:
 def _not_a_directory(path: str) -> OriginNotFoundError:
     return OriginNotFoundError(
         f"{path} is not a directory of this machine. Check the path, and that its file system is "
-        "mounted."
+        "mounted; a bucket is written s3://bucket/prefix."
     )

@@ -204,8 +204,11 @@ def test_an_id_without_a_file_is_named(pairs: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"functional": "HSE"}, r"'HSE' not found in mapping. Available: \['GGA', 'SCAN'\]"),
-        ({"functional": "SCAN"}, "no task id of the functional"),
+        (
+            {"functional": "HSE"},
+            r"'HSE' not found in mapping .*map\.json\S*\. Available: \['GGA', 'SCAN'\]",
+        ),
+        ({"functional": "SCAN"}, "of 0 task ids of SCAN in .*, none has both"),
         ({"train_fraction": 1.5}, "Change train_fraction"),
     ],
 )

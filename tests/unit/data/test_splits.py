@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import pytest
 from zarrcache.data.splits import (
     Split,
     hold_out,
-    ids_of,
     mapped_ids,
     permuted_split,
+    read_file_list,
     read_map,
     read_split,
     split_ids,
@@ -55,11 +56,17 @@ def test_map_in_the_home_directory_is_found(
     assert read_map("~/map.json") == MAP
 
 
-def test_ids_keep_the_order_of_the_map() -> None:
+def map_of(directory: Path, content: object) -> Path:
+    path = directory / "map.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_ids_keep_the_order_of_the_map(tmp_path: Path) -> None:
     """The split depends on it."""
-    assert ids_of(MAP, "GGA") == ["mp-3", "mp-1", "mp-2"]
-    assert ids_of({"GGA": ["b", "a", "c"]}, "GGA") == ["b", "a", "c"]
-    assert ids_of(MAP, "SCAN") == []
+    path = map_of(tmp_path, MAP)
+    assert mapped_ids(path, "GGA") == ["mp-3", "mp-1", "mp-2"]
+    assert mapped_ids(path, "SCAN") == []
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 50, 1000])
@@ -126,19 +133,30 @@ def test_one_as_a_fraction_leaves_no_test_set() -> None:
         split_ids([], 1.0, 42)
 
 
-def test_id_that_the_map_repeats_is_used_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_id_that_the_map_repeats_is_used_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Else it would be in the training and in the test set; a warning names such ids."""
     ids = ["mp-3", "mp-1", "mp-3", "mp-2", "mp-1", "mp-3"]
-    assert ids_of({"GGA": ids, "SCAN": ["mp-1"]}, "GGA") == ["mp-3", "mp-1", "mp-2"]
-    assert "repeats 2 task ids of GGA; each is used once: mp-3, mp-1" in caplog.text
+    path = map_of(tmp_path, {"GGA": ids, "SCAN": ["mp-1"]})
+    assert mapped_ids(path, "GGA") == ["mp-3", "mp-1", "mp-2"]
+    assert f"{path} repeats 2 task ids of GGA; each is used once: mp-3, mp-1" in caplog.text
     caplog.clear()
-    assert ids_of({"GGA": ids[:2]}, "GGA") == ids[:2]
+    assert mapped_ids(map_of(tmp_path, {"GGA": ids[:2]}), "GGA") == ids[:2]
     assert not caplog.text
 
 
-def test_id_that_is_a_number_is_explained() -> None:
-    with pytest.raises(ConfigError, match=r'Write "2351888" with quotes'):
-        ids_of({"GGA": ["mp-1", 2351888]}, "GGA")  # type: ignore[list-item]
+def test_id_that_is_a_number_is_explained(tmp_path: Path) -> None:
+    path = map_of(tmp_path, {"GGA": ["mp-1", 2351888]})
+    with pytest.raises(ConfigError, match=rf'map file {path}, GGA: .*Write "2351888" with quotes'):
+        mapped_ids(path, "GGA")
+
+
+@pytest.mark.parametrize("read", [read_map, read_file_list])
+def test_file_that_is_a_url_is_refused(read: Callable[[str], object]) -> None:
+    """The error of a path would name a directory of this machine, ``s3:``."""
+    with pytest.raises(ConfigError, match=r"s3://bucket/map is a URL.*Copy it here"):
+        read("s3://bucket/map")
 
 
 def test_whole_number_is_a_number_of_materials() -> None:
@@ -185,9 +203,7 @@ def test_train_fraction_is_refused_where_scikit_learn_refuses_it(
     try:
         theirs = train_test_split(ids, train_size=train_fraction, random_state=42)
     except ValueError:
-        advice = (
-            "no task id of the functional has both stores" if n == 0 else "Change train_fraction"
-        )
+        advice = "there are no task ids" if n == 0 else "Change train_fraction"
         with pytest.raises(ConfigError, match=advice) as caught:
             split_ids(ids, train_fraction, 42)
         assert n == 0 or repr(train_fraction) in str(caught.value)
