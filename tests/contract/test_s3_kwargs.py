@@ -399,6 +399,7 @@ def test_certificates_are_checked_unless_one_says_otherwise(
     certificate is not retried, and the error says what to set.
     """
     endpoint_url, ca = tls
+    monkeypatch.delenv("AWS_CA_BUNDLE")
     with pytest.raises(
         OriginError,
         match=f"the certificate of {endpoint_url} is not trusted. Name the file of its CA in "
@@ -436,6 +437,7 @@ def test_a_file_without_certificates_is_named(
     file = tmp_path / "ca.pem"
     if text is not None:
         file.write_text(text)
+    monkeypatch.delenv("AWS_CA_BUNDLE")
     if where == "AWS_CA_BUNDLE":
         monkeypatch.setenv("AWS_CA_BUNDLE", str(file))
     if where == "config":

@@ -2,12 +2,15 @@
 start and to import everything.
 
 ``python -m tests.support.forkserver`` has imported what the commands import and has opened nothing.
-It forks a child per command, which ends as ``python -m zarrcache`` does. Requests are lines of JSON
-on stdin; the answer is the exit code, a line on stdout.
+It forks a child per command, which ends as ``python -m zarrcache`` does, but does not clear all
+modules: that copies 50 MB of pages and costs more than most commands (``start`` in
+``support/training.py`` ends in full). Requests are lines of JSON on stdin; the answer is the exit
+code, a line on stdout.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -83,11 +86,40 @@ def _become(job: dict[str, Any]) -> None:
     sys.argv = ["zarrcache", *job["args"]]
 
 
-def _serve() -> None:
+_exit_code: int | None = None
+
+
+def _run() -> None:
+    """Run the command to its end."""
     import zarrcache.cli
+
+    global _exit_code
+    try:
+        zarrcache.cli.main()
+    except SystemExit as exc:
+        if not isinstance(exc.code, str):
+            _exit_code = int(exc.code or 0)
+        raise
+
+
+def _leave() -> None:
+    """End without clearing all modules. Called when threads have ended, after all exit handlers."""
+    if _exit_code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_exit_code)
+
+
+def _serve() -> None:
+    atexit.register(_leave)  # registered first, called last
+    import botocore.session
+
+    from tests.support.services import parse_s3, sharing_loader
 
     for name in _IMPORTS:
         importlib.import_module(name)
+    botocore.session.create_loader = sharing_loader()
+    parse_s3()
     while line := sys.stdin.readline():
         job = json.loads(line)
         for name in (name for word in job["args"] for name in _MORE.get(word, ())):
@@ -98,7 +130,7 @@ def _serve() -> None:
         pid = os.fork()
         if pid == 0:
             _become(job)
-            zarrcache.cli.main()
+            _run()
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -24,6 +25,8 @@ from multiprocessing import get_context, set_start_method
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.support.services import parse_s3, sharing_loader
 
 __all__ = ["Job", "Killed", "Step", "free_port", "names", "run", "run_ranks"]
 
@@ -154,8 +157,13 @@ def _server(pid: int) -> Connection:
 
 def _serve(connection: Connection) -> None:
     """Fork the ranks of each job, and send their exit codes when all have ended."""
+    import botocore.session
+
     for name in ("tests.support.toytraining", "s3fs"):
         importlib.import_module(name)
+    botocore.session.create_loader = sharing_loader()
+    parse_s3()
+    gc.freeze()  # a rank's garbage collector need not look through, and copy, all that was imported
     with contextlib.suppress(EOFError):
         while True:
             target, args, environments, outputs = connection.recv()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
@@ -115,6 +116,7 @@ def start_as(user: User | None, function: Callable[..., Any], *args: Any) -> Cal
 def _run(
     user: User | None, answer: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    gc.freeze()  # the collector would look through, and so copy, all that was imported
     if user is not None:
         os.setgroups(user.groups)
         os.setresgid(user.uid, user.uid, user.uid)
