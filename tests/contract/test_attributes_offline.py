@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zarr
 
+from tests.support.chgcars import SMALL
 from tests.support.readers import make_reader
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
@@ -519,7 +520,7 @@ def test_structures_of_files_are_those_of_pymatgen(tmp_path: Path) -> None:
 
     for form in ("chgcar", "json.gz"):
         root = tmp_path / form
-        (id_,) = write_pairs(root, 1, seed=4, **({} if form == "chgcar" else {"form": form}))
+        (id_,) = write_pairs(root, 1, seed=SMALL, **({} if form == "chgcar" else {"form": form}))
         (root / "map.json").write_text(json.dumps({"GGA": [id_]}))
         config = DataConfig(
             data_dir=str(root / "input"),

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from tests.support.chgcars import SMALL
 from tests.support.faultproxy import FaultProxy, Rule, Seen, running_proxy
 from tests.support.s3server import S3Server, running_server
 from tests.support.stores import plain_read
@@ -26,13 +27,13 @@ from zarrcache.errors import OriginAccessError, OriginNotFoundError, OriginUnava
 
 pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
 
-IDS = ["syn-4-0000", "syn-4-0001"]
+IDS = [f"syn-{SMALL}-0000", f"syn-{SMALL}-0001"]
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Two small densities as text."""
-    write_pairs(tmp_path / "pairs", 2, seed=4)
+    write_pairs(tmp_path / "pairs", 2, seed=SMALL)
     return tmp_path / "pairs" / "label"
 
 

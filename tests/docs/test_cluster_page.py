@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.chgcars import SMALL
 from tests.support.training import zarrcache
 from zarrcache.demo.synthetic import write_pairs
 
@@ -54,7 +55,7 @@ def test_the_python_of_the_page_converts(tmp_path: Path) -> None:
     """As a script, with worker processes of Dask."""
     pytest.importorskip("distributed", reason="needs the extra 'dask'")
     pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
-    write_pairs(tmp_path / "chgcars", 2, seed=4)
+    write_pairs(tmp_path / "chgcars", 2, seed=SMALL)
     (script,) = [text for language, text in BLOCKS if language == "python"]
     (tmp_path / "script.py").write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

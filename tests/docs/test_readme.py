@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from tests.support.chgcars import SMALL
 from tests.support.s3server import S3Server
 from tests.support.training import zarrcache
 from zarrcache.config import DataConfig
@@ -60,7 +61,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Path:
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(ROOT / "configs", home / "configs")
     made = home / "made"
-    for task_id, name in zip(IDS, write_pairs(made, len(IDS), seed=3), strict=True):
+    for task_id, name in zip(IDS, write_pairs(made, len(IDS), seed=SMALL), strict=True):
         for role in ("input", "label"):
             (home / "chgcars" / role).mkdir(parents=True, exist_ok=True)
             (made / role / f"{name}.CHGCAR").rename(home / "chgcars" / role / f"{task_id}.CHGCAR")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.chgcars import SMALL
 from tests.support.smalldisk import JournaledDisk
 from tests.support.stores import plain_read
 from tests.support.training import zarrcache
@@ -34,7 +35,7 @@ def disk(tmp_path: Path) -> Iterator[JournaledDisk]:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Two densities of the same ids as text, twice: ``old`` and ``new``."""
-    for name, seed in (("old", 4), ("new", 5)):
+    for name, seed in (("old", SMALL), ("new", 93908)):
         write_pairs(tmp_path / "pairs", 2, seed=seed)
         (tmp_path / name).mkdir()
         for number, path in enumerate(sorted((tmp_path / "pairs" / "label").iterdir())):
@@ -49,7 +50,7 @@ def _is_version(store: Path, source: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("options", [("--chunks", "4"), ("--zip",)])
+@pytest.mark.parametrize("options", [("--chunks", "16"), ("--zip",)])
 def test_what_was_reported_as_converted_survives(
     disk: JournaledDisk, source: Path, options: tuple[str, ...]
 ) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.support import daskcluster
+from tests.support.chgcars import SMALL
 from tests.support.daskcluster import RunningCluster, running_cluster
 from tests.support.training import start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig
@@ -147,7 +148,7 @@ def test_a_worker_that_cannot_do_it_is_one_error_and_not_a_thousand(
 def source(tmp_path: Path) -> Path:
     """Six densities as text, and a file that does not hold one."""
     pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
-    write_densities(tmp_path / "pairs", 6, seed=4)
+    write_densities(tmp_path / "pairs", 6, seed=SMALL)
     (tmp_path / "pairs" / "label" / "bad-1.CHGCAR").write_text("not a density\n")
     return tmp_path / "pairs" / "label"
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.chgcars import SMALL
 from tests.support.training import write_config, write_pairs, zarrcache
 from zarrcache import DataConfig
 from zarrcache.data.reader import open_reader
@@ -287,7 +288,7 @@ def test_the_dask_jobqueue_example_converts(tmp_path: Path) -> None:
     from zarrcache.demo.synthetic import write_pairs as write_densities
 
     pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
-    write_densities(tmp_path / "pairs", 3, seed=4)
+    write_densities(tmp_path / "pairs", 3, seed=SMALL)
     (tmp_path / "dask_jobqueue.py").write_text(
         "from distributed import LocalCluster\n"
         "class SLURMCluster(LocalCluster):\n"

@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["write_chgcar"]
+__all__ = ["SMALL", "write_chgcar"]
+
+#: A seed of ``zarrcache.demo.synthetic`` whose first six grids are small: 24 to 36 points per axis.
+SMALL = 93592
 
 
 def write_chgcar(

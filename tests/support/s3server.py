@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
+import re
 import selectors
 import subprocess
 import sys
@@ -21,10 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, build_opener
 
 __all__ = ["S3Server", "running_server"]
 
 _START_S = 60.0
+#: Where the server that is started here takes the paths of local files, to store them all at once:
+#: a PUT takes 2.5 ms of CPU.
+_TREES = "/-/trees/"
+_PLAIN_KEY = re.compile(r"[\w./-]+", re.ASCII).fullmatch
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,10 @@ class S3Server:
     secret: str = "testing"
     log: Path | None = field(default=None, compare=False)
     checks_credentials: bool = False
+
+    @property
+    def _takes_trees(self) -> bool:
+        return self.log is not None and not self.checks_credentials
 
     @property
     def host(self) -> str:
@@ -99,18 +110,21 @@ class S3Server:
     def put_tree(self, path: Path, url: str) -> list[str]:
         """Upload a file to ``url``, or a directory below it; the keys in the bucket, sorted."""
         bucket, root = _split(url)
-        client, keys = self.client(), []
-        for file in sorted(
-            p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()
-        ):
-            key = (
-                root
-                if path.is_file()
-                else "/".join(part for part in (root, file.relative_to(path).as_posix()) if part)
-            )
-            client.put_object(Bucket=bucket, Key=key, Body=file.read_bytes())
-            keys.append(key)
-        return sorted(keys)
+        if path.is_file():
+            files = {root: path}
+        else:
+            found = {file.relative_to(path).as_posix(): file for file in path.rglob("*")}
+            prefix = f"{root}/" if root else ""
+            files = {f"{prefix}{name}": file for name, file in found.items() if file.is_file()}
+        if self._takes_trees and all(map(_PLAIN_KEY, files)):
+            document = json.dumps({key: str(file) for key, file in files.items()})
+            url = f"{self.endpoint_url}{_TREES}{bucket}"
+            with build_opener(ProxyHandler({})).open(url, document.encode()) as answer:
+                assert answer.status == 200
+        else:
+            for key, file in files.items():
+                self.client().put_object(Bucket=bucket, Key=key, Body=file.read_bytes())
+        return sorted(files)
 
     def delete(self, url: str) -> None:
         """Remove one object."""
@@ -195,7 +209,9 @@ def _first_line(process: subprocess.Popen[bytes]) -> str:
 
 def _serve() -> None:
     """Run in the server's process: listen, print the address, end when standard input ends."""
+    from moto.core import DEFAULT_ACCOUNT_ID
     from moto.moto_server.werkzeug_app import create_backend_app
+    from moto.s3.models import s3_backends
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     # Only S3: moto's dispatcher searches 180
@@ -204,9 +220,19 @@ def _serve() -> None:
     WSGIRequestHandler.disable_nagle_algorithm = (
         True  # head and body are two packets: the second would wait for the first one's ACK
     )
-    server = make_server(
-        "127.0.0.1", 0, create_backend_app("s3"), threaded=True, request_handler=WSGIRequestHandler
-    )
+    s3 = create_backend_app("s3")
+
+    def app(environ: Any, start_response: Any) -> Any:
+        if not environ["PATH_INFO"].startswith(_TREES):
+            return s3(environ, start_response)
+        bucket = environ["PATH_INFO"].removeprefix(_TREES)
+        files = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+        for key, file in files.items():
+            s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object(bucket, key, Path(file).read_bytes())
+        start_response("200 OK", [("Content-Length", "0")])
+        return []
+
+    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=WSGIRequestHandler)
 
     def end_with_parent() -> None:
         sys.stdin.buffer.read()

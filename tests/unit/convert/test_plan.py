@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import zarr
 
+from tests.support.chgcars import SMALL
 from tests.support.stores import plain_read, small_group
 from zarrcache.config import ConfigError
 from zarrcache.convert.converter import ConvertResult
@@ -29,11 +30,11 @@ pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Three small densities as text."""
-    write_pairs(tmp_path / "pairs", 3, seed=4)
+    write_pairs(tmp_path / "pairs", 3, seed=SMALL)
     return tmp_path / "pairs" / "label"
 
 
-IDS = ["syn-4-0000", "syn-4-0001", "syn-4-0002"]
+IDS = [f"syn-{SMALL}-000{n}" for n in range(3)]
 
 
 def _attributes(path: Path) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def test_a_directory_becomes_one_store_per_file(source: Path, tmp_path: Path) ->
         f"{task_id}.zarr" for task_id in IDS
     ]
     for index, result in enumerate(report.converted):
-        pair, store = make_pair(4, index), Path(result.target)
+        pair, store = make_pair(SMALL, index), Path(result.target)
         assert np.array_equal(plain_read(store), read_density(result.path).total)
         assert np.allclose(plain_read(store), pair.label, rtol=1e-6)
         assert result.written_bytes == sum(
@@ -178,7 +179,7 @@ DAMAGE = {
 def pair_converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two densities and their stores; read only."""
     root = tmp_path_factory.mktemp("converted")
-    write_pairs(root, 2, seed=4, form="json.gz")
+    write_pairs(root, 2, seed=SMALL, form="json.gz")
     convert_directory(root / "label", root / "out", chunks=8, diff=True, workers=1)
     return root / "label", root / "out"
 
@@ -252,7 +253,7 @@ def test_a_copy_of_the_file_is_the_same_source(source: Path, tmp_path: Path) -> 
 
 
 def test_a_store_without_the_spin_density_is_not_taken_for_one_with_it(tmp_path: Path) -> None:
-    write_pairs(tmp_path, 1, seed=4)
+    write_pairs(tmp_path, 1, seed=SMALL)
     convert_directory(tmp_path / "label", tmp_path / "out")
     (refused,) = plan_convert(tmp_path / "label", tmp_path / "out", diff=True).refused
     assert "was converted without --diff. Replace it with --overwrite" in (refused.error or "")
@@ -434,7 +435,7 @@ def test_a_destination_that_is_a_file_is_refused(source: Path, tmp_path: Path) -
 
 def test_a_task_id_inside_of_the_file_is_only_mentioned(tmp_path: Path) -> None:
     """The store is found by the file's name."""
-    write_pairs(tmp_path, 1, seed=4, form="json.gz")
+    write_pairs(tmp_path, 1, seed=SMALL, form="json.gz")
     shutil.move(tmp_path / "label" / f"{IDS[0]}.json.gz", tmp_path / "mp-9.json.gz")
     (result,) = convert_directory(tmp_path / "mp-9.json.gz", tmp_path / "out").converted
     assert result.target == str(tmp_path / "out" / "mp-9.zarr")

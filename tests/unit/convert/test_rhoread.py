@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.chgcars import SMALL
 from zarrcache import ZarrS3Reader
 from zarrcache.convert.plan import convert_directory
 from zarrcache.convert.rhoread import RhoRead
@@ -27,7 +28,7 @@ pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five materials as text, one without a label, and a map that knows one more."""
     root = tmp_path_factory.mktemp("pairs")
-    task_ids = write_pairs(root, 5, seed=4)
+    task_ids = write_pairs(root, 5, seed=SMALL)
     (root / "label" / f"{task_ids[4]}.CHGCAR").unlink()
     (root / "map.json").write_text(json.dumps({"GGA": [*reversed(task_ids), "mp-404"], "SCAN": []}))
     return root
@@ -62,11 +63,11 @@ def test_it_gives_what_the_zarr_reader_gives_after_conversion(
 
 def test_normalized_values_sum_up_to_the_electrons(pairs: Path) -> None:
     """Not normalized, their mean is the number of electrons."""
-    values, gridsize = _reader(pairs, normalize=True).load("syn-4-0001", "label")
-    electrons = make_pair(4, 1).electrons
+    values, gridsize = _reader(pairs, normalize=True).load(f"syn-{SMALL}-0001", "label")
+    electrons = make_pair(SMALL, 1).electrons
     assert values.size == np.prod(gridsize)
     assert abs(values.sum(dtype=np.float64) - electrons) < 1e-4
-    values, _ = _reader(pairs).load("syn-4-0001", "label")
+    values, _ = _reader(pairs).load(f"syn-{SMALL}-0001", "label")
     assert abs(values.mean(dtype=np.float64) - electrons) < 1e-4
     assert values.dtype == np.float32
     assert values.flags.writeable
@@ -78,12 +79,12 @@ def test_missing_files_are_told_once_and_left_out(
     """With their number and the first of them."""
     reader = _reader(pairs)
     with caplog.at_level(logging.WARNING, "zarrcache.convert.rhoread"):
-        assert reader.task_ids == [f"syn-4-000{n}" for n in (3, 2, 1, 0)]
-        assert reader.missing == ("syn-4-0004", "mp-404")
+        assert reader.task_ids == [f"syn-{SMALL}-000{n}" for n in (3, 2, 1, 0)]
+        assert reader.missing == (f"syn-{SMALL}-0004", "mp-404")
         reader.data_split()
     (record,) = caplog.records
     assert "2 of 6 task ids of GGA have no file" in record.getMessage()
-    assert "syn-4-0004, mp-404" in record.getMessage()
+    assert f"syn-{SMALL}-0004, mp-404" in record.getMessage()
 
 
 def test_the_registry_trains_from_files_under_the_users_keys(pairs: Path) -> None:
@@ -194,7 +195,7 @@ def test_a_potential_named_like_a_density_is_refused(real_data: Path, tmp_path: 
 
 def test_an_id_without_a_file_is_named(pairs: Path) -> None:
     """Also one that would leave the directory: only files that were found are opened."""
-    for task_id in ("mp-404", "../label/syn-4-0000"):
+    for task_id in ("mp-404", f"../label/syn-{SMALL}-0000"):
         with pytest.raises(
             OriginNotFoundError, match=rf"input has no file of {task_id}\. It would be"
         ):
