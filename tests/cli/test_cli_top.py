@@ -27,9 +27,10 @@ from zarrcache.stats import Counters, find_boards
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc")
 
-#: Reads one density again and again; says so once it has read one. Its worker does the same.
+#: Reads one density again and again, a hundred times a second; says so once it has read some. Its
+#: worker does the same.
 TRAINING = """
-import sys, yaml
+import sys, time, yaml
 from torch.utils.data import DataLoader, RandomSampler
 from zarrcache import ZarrDataset
 from zarrcache.registry import open_reader
@@ -41,6 +42,24 @@ if __name__ == "__main__":
     for number, sample in enumerate(loader):
         if number == 3:
             print("reading", flush=True)
+        time.sleep(0.01)
+"""
+#: The same without torch, whose import takes longer than all else.
+PLAIN_TRAINING = """
+import multiprocessing, os, sys, time, yaml
+from zarrcache.registry import open_reader
+
+def read(reader):
+    for number in range(10**9):
+        reader.load(reader.task_ids[0], "data")
+        if number == 3:
+            print("reading", flush=True)
+        time.sleep(0.01)
+
+if __name__ == "__main__":
+    reader = open_reader(yaml.safe_load(open(sys.argv[1])))
+    multiprocessing.get_context("fork").Process(target=read, args=(reader,), daemon=True).start()
+    read(reader)
 """
 
 
@@ -54,10 +73,10 @@ def config(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def training(config: Path) -> Iterator[subprocess.Popen[str]]:
+def training(config: Path, program: str = PLAIN_TRAINING) -> Iterator[subprocess.Popen[str]]:
     """A process that trains; it and its worker are killed at the end."""
     process = subprocess.Popen(
-        [sys.executable, "-c", TRAINING, str(config)],
+        [sys.executable, "-c", program, str(config)],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -86,7 +105,7 @@ def cache_of(config: Path) -> Path:
 
 
 def test_a_training_is_seen_with_its_worker_and_forgotten_when_it_is_killed(config: Path) -> None:
-    with training(config) as process:
+    with training(config, TRAINING) as process:
         seen = zarrcache("top", config, "--once", "--json", "--interval", "0.3").document
         assert (seen["runs"], seen["processes"]) == (1, 2)
         assert process.pid in seen["pids"]

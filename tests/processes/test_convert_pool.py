@@ -10,25 +10,24 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.processes import interpreters
+from tests.support.chgcars import SMALL
+from tests.support.processes import Deadly, interpreters
 from zarrcache.convert.converter import ConvertResult
 from zarrcache.convert.plan import convert_directory, plan_convert
 from zarrcache.demo.synthetic import write_pairs
-from zarrcache.parallel.pool import Reserve
 
 pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
 
-IDS = ["syn-4-0000", "syn-4-0001", "syn-4-0002"]
+IDS = [f"syn-{SMALL}-000{n}" for n in range(3)]
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Three small densities as text."""
-    write_pairs(tmp_path / "pairs", 3, seed=4)
+    write_pairs(tmp_path / "pairs", 3, seed=SMALL)
     return tmp_path / "pairs" / "label"
 
 
@@ -90,25 +89,10 @@ def test_a_script_converts_without_a_guard(source: Path, tmp_path: Path) -> None
     assert (done.stdout, done.stderr) == (f"{len(IDS)}\n", "")
 
 
-@dataclasses.dataclass
-class _Deadly:
-    """A converter that kills its process at one file, as running out of memory does."""
-
-    converter: Any
-
-    def __call__(self, file: tuple[Path, str], reserve: Reserve | None = None) -> Any:
-        if file[1] == IDS[1]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.converter(file)
-
-    def result(self, *args: Any, **fields: Any) -> Any:
-        return self.converter.result(*args, **fields)
-
-
 def test_a_file_that_kills_every_process_is_named(source: Path, tmp_path: Path) -> None:
     """After a second process died of it; the other files are converted."""
     plan = plan_convert(source, tmp_path / "out", workers=2)
-    report = dataclasses.replace(plan, _convert=_Deadly(plan._convert)).execute()  # type: ignore[arg-type]
+    report = dataclasses.replace(plan, _convert=Deadly(plan._convert, IDS[1])).execute()  # type: ignore[arg-type]
     assert [result.task_id for result in report.converted] == [IDS[0], IDS[2]]
     (failed,) = report.failed
     assert failed.error is not None

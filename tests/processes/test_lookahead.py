@@ -426,7 +426,7 @@ def _offline(reads: list[tuple[str, str]], room: int) -> Iterator[bool]:
 
 PROGRAM = """
 import json, sys, time
-from zarrcache import Lookahead, NodeSampler, ZarrDataset, ZarrS3Reader
+from zarrcache import Lookahead, ZarrS3Reader
 
 print("imported", flush=True)
 
@@ -436,13 +436,11 @@ class Reader(ZarrS3Reader):
 def train(cls):
     settings = json.loads(sys.argv[1])
     reader = cls(*settings["where"], s3_kwargs=settings["s3_kwargs"], cache=settings["cache"])
-    dataset = ZarrDataset(reader)
-    sampler = NodeSampler(dataset, seed=4)
-    with Lookahead(dataset, sampler) as ahead:
+    with Lookahead(reader, [reader.split_task_ids()[0]]) as ahead:
         end_s = time.monotonic() + 60
-        while dataset.reader.stats.misses < 4 and ahead.check() and time.monotonic() < end_s:
+        while reader.stats.misses < 4 and ahead.check() and time.monotonic() < end_s:
             time.sleep(0.01)
-        print("ahead", dataset.reader.stats.misses >= 4 and ahead.check())
+        print("ahead", reader.stats.misses >= 4 and ahead.check())
 """
 
 
@@ -498,12 +496,11 @@ def leave():
     global ahead
     settings = json.loads(sys.argv[1])
     reader = Reader(*settings["where"], s3_kwargs=settings["s3_kwargs"], cache=settings["cache"])
-    dataset = ZarrDataset(reader)
-    ahead = Lookahead(dataset, NodeSampler(dataset, seed=4))
+    ahead = Lookahead(reader, [reader.split_task_ids()[0]])
     end_s = time.monotonic() + 60
-    while dataset.reader.stats.misses < 4 and ahead.check() and time.monotonic() < end_s:
+    while reader.stats.misses < 4 and ahead.check() and time.monotonic() < end_s:
         time.sleep(0.01)
-    print("left", dataset.reader.stats.misses >= 4 and ahead.check())
+    print("left", reader.stats.misses >= 4 and ahead.check())
 """
 SPAWN = """
     import multiprocessing

@@ -10,10 +10,11 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["end_all", "interpreters", "members", "until", "wait_for_all"]
+__all__ = ["Deadly", "end_all", "interpreters", "members", "until", "wait_for_all"]
 
 #: Only a hang takes this long; it says nothing about speed.
 HANG_S = 60.0
@@ -72,3 +73,19 @@ def end_all(process: subprocess.Popen[Any]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=HANG_S)
+
+
+@dataclass
+class Deadly:
+    """A converter that kills its process at one file, as running out of memory does."""
+
+    converter: Any
+    task_id: str
+
+    def __call__(self, file: tuple[Path, str], reserve: object = None) -> Any:
+        if file[1] == self.task_id:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.converter(file)
+
+    def result(self, *args: Any, **fields: Any) -> Any:
+        return self.converter.result(*args, **fields)
