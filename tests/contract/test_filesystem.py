@@ -275,7 +275,7 @@ def test_buckets_that_were_read_keep_no_connections(
         "zarrcache", target_protocol="s3", target_options=s3_server.s3_kwargs, **cache
     )
     descriptors = []
-    for _ in range(8):
+    for _ in range(6):
         bucket = s3_server.new_bucket()
         s3_server.put(f"s3://{bucket}/x", b"1")
         assert fs.cat_file(f"{bucket}/x") == b"1"

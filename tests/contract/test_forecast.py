@@ -21,7 +21,7 @@ from tests.support.training import zarrcache
 from zarrcache.config import DataConfig
 from zarrcache.data.reader import open_reader
 from zarrcache.errors import ConfigError
-from zarrcache.ops.forecast import Forecast, measure_split
+from zarrcache.ops.forecast import MeasuredSplit, measure_split
 from zarrcache.train.lookahead import Lookahead
 from zarrcache.train.schedule import Schedule
 
@@ -57,8 +57,10 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> dic
     }
 
 
-def forecast_of(source: DataConfig, *, capacity_bytes: int | None = None, **run: Any) -> Forecast:
-    return measure_split(source, capacity_bytes=capacity_bytes).forecast(**run)
+@pytest.fixture(scope="module")
+def split(config: dict[str, Any]) -> MeasuredSplit:
+    """Measured once: 48 densities of 24 samples."""
+    return measure_split(DataConfig(**config), capacity_bytes=1)
 
 
 def trained(
@@ -113,6 +115,7 @@ def trained(
 )
 def test_a_run_does_what_the_plan_says(
     config: dict[str, Any],
+    split: MeasuredSplit,
     s3_server: S3Server,
     tmp_path: Path,
     assignment: Any,
@@ -120,12 +123,11 @@ def test_a_run_does_what_the_plan_says(
     share: float,
 ) -> None:
     """Hits within 2 points in every epoch, requests within 5 %."""
-    whole = forecast_of(DataConfig(**config), capacity_bytes=1)
+    whole = split.forecast()
     assert (whole.samples, whole.densities, whole.measured) == (24, 48, 48)
     limit = int(whole.disk_bytes * share)
     # The two stored listings take 16 KiB: much of this cache, little of 200 GiB.
-    plan = forecast_of(
-        DataConfig(**config),
+    plan = split.forecast(
         nodes=NODES,
         capacity_bytes=limit - 2**14,
         assignment=assignment,
@@ -142,17 +144,15 @@ def test_a_run_does_what_the_plan_says(
 
 
 def test_the_room_of_the_look_ahead_is_in_the_plan(
-    config: dict[str, Any], s3_server: S3Server, tmp_path: Path
+    config: dict[str, Any], split: MeasuredSplit, s3_server: S3Server, tmp_path: Path
 ) -> None:
     """It drops a quarter of a small cache; without it more hits and fewer requests are planned."""
-    epochs = 5
-    limit = int(forecast_of(DataConfig(**config), capacity_bytes=1).disk_bytes * 0.6)
+    epochs = 4
+    limit = int(split.forecast().disk_bytes * 0.6)
     cache = {"dir": tmp_path / "cache", "limit": limit, "min_free": 0}
     source = DataConfig(**config, cache=cache)
-    plan, without = (
-        forecast_of(source, capacity_bytes=limit - 2**14, lookahead_bytes=ahead, epochs=epochs)
-        for ahead in (None, 0)
-    )
+    measured = measure_split(source, capacity_bytes=limit - 2**14)
+    plan, without = (measured.forecast(lookahead_bytes=ahead, epochs=epochs) for ahead in (None, 0))
     assert (plan.lookahead_bytes, without.lookahead_bytes) == ((limit - 2**14) // 4, 0)
     log = RequestLog(s3_server, config["data_dir"].split("/")[2])
     reader = open_reader(source)
@@ -171,10 +171,9 @@ def test_the_room_of_the_look_ahead_is_in_the_plan(
 
 
 def test_longer_runs_and_other_ways_are_extrapolated(
-    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    split: MeasuredSplit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fifty epochs continue like the last simulated ones; a table compares the alternatives."""
-    split = measure_split(DataConfig(**config), capacity_bytes=1)
     half = split.forecast().disk_bytes // 2
     simulated = split.forecast(nodes=NODES, capacity_bytes=half, ranks_per_node=2).total
     # the share of 24 samples stands for thousands
@@ -194,27 +193,22 @@ def test_longer_runs_and_other_ways_are_extrapolated(
 
 
 def test_a_global_shuffle_over_many_nodes_takes_many_epochs_to_fill_the_caches(
-    config: dict[str, Any],
+    split: MeasuredSplit,
 ) -> None:
     """With room for everything, n nodes still miss ((n - 1) / n)**k of their reads after k
     epochs.
     """
     nodes = 8
-    plan = forecast_of(DataConfig(**config), nodes=nodes, capacity_bytes=2**40, epochs=50)
+    plan = split.forecast(nodes=nodes, capacity_bytes=2**40, epochs=50)
     expected = [1 - (1 - 1 / nodes) ** epoch for epoch in range(50)]
     assert plan.total.hit_ratio == pytest.approx(sum(expected) / 50, abs=0.02)
     assert plan.total.requests == pytest.approx(
         sum(1 - hit for hit in expected) * plan.epochs[0].requests, rel=0.1
     )
     assert min(plan.others.values()) > 0.96
-    assert (
-        forecast_of(
-            DataConfig(**config), nodes=nodes, capacity_bytes=2**40, epochs=1000
-        ).total.hit_ratio
-        > 0.98
-    )
+    assert split.forecast(nodes=nodes, capacity_bytes=2**40, epochs=1000).total.hit_ratio > 0.98
     with pytest.raises(ConfigError, match="more than the 24 samples"):
-        forecast_of(DataConfig(**config), nodes=25, capacity_bytes=1)
+        split.forecast(nodes=25, capacity_bytes=1)
 
 
 def test_the_command_prints_text_and_json(config: dict[str, Any], tmp_path: Path) -> None:
@@ -241,16 +235,14 @@ def test_the_command_prints_text_and_json(config: dict[str, Any], tmp_path: Path
         "--epochs",
         5,
         "--probe",
-        "--workers",
-        4,
     )
-    words = zarrcache("plan", path, *options)
+    words = zarrcache("plan", path, *options, "--workers", 1)
     assert words.code == 0, words.err
     assert "24 samples, 48 densities" in words.out
     assert "2 nodes, 2 ranks: each cache holds 500.0 KiB" in words.out
     assert "Prices of 2026-11" in words.out
     assert words.out.count("<- this") == 1
-    document = zarrcache("plan", path, *options, "--json").document
+    document = zarrcache("plan", path, *options, "--workers", 2, "--json").document
     assert document["total"]["seconds"] > 0
     assert document["total"]["dollars"] == pytest.approx(
         sum(epoch["dollars"] for epoch in document["epochs"])
@@ -260,9 +252,9 @@ def test_the_command_prints_text_and_json(config: dict[str, Any], tmp_path: Path
     assert not (tmp_path / "cache").exists()
 
 
-def test_numbers_that_cannot_be_are_refused(config: dict[str, Any]) -> None:
+def test_numbers_that_cannot_be_are_refused(config: dict[str, Any], split: MeasuredSplit) -> None:
     """With an error; the command line exits with 2."""
     with pytest.raises(ConfigError, match="it has to be a whole number from 1"):
-        forecast_of(DataConfig(**config), nodes=0, capacity_bytes=1)
+        split.forecast(nodes=0)
     with pytest.raises(ConfigError, match="--capacity"):
-        forecast_of(DataConfig(**config))
+        measure_split(DataConfig(**config)).forecast()

@@ -156,9 +156,18 @@ class TestOverwrittenOrigin:
         )
 
 
-@pytest.mark.parametrize("arrays", [True, False], ids=["array tier", "byte tier"])
-@pytest.mark.parametrize("normalize", [False, True, "volume"])
-@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    ("place", "zarr_format", "normalize", "arrays"),
+    [
+        ("local", 2, False, True),
+        ("local", 2, True, False),
+        ("local", 3, "volume", True),
+        ("s3", 2, "volume", False),
+        ("s3", 3, False, False),
+        ("s3", 3, True, True),
+    ],
+    indirect=["place"],
+)
 def test_changed_attributes_are_another_version(
     place: Place, zarr_format: Any, normalize: Any, arrays: bool
 ) -> None:

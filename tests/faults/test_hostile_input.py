@@ -690,7 +690,7 @@ CONVERTED: dict[str, Callable[[], bytes]] = {
     "one-line.CHGCAR.gz": lambda: gzip.compress(b"1" * 16 * MIB) * (LARGE // MIB // 16),
     "title.CHGCAR.gz": lambda: gzip.compress(CHGCAR[:3] + b" " * 16 * MIB) * (LARGE // MIB // 16),
     "numbers.CHGCAR.gz": lambda: (
-        gzip.compress(CHGCAR + b"2 2 2\n") + gzip.compress(b"1.5 2.5 3.5\n" * 1_000_000) * 64
+        gzip.compress(CHGCAR + b"2 2 2\n") + gzip.compress(b"1.5 2.5 3.5\n" * 1_000_000) * 20
     ),
     "grid.CHGCAR": lambda: CHGCAR + b"20000 20000 20000\n1 2 3 4 5\n",
     "atoms.CHGCAR": lambda: (

@@ -32,7 +32,7 @@ from zarrcache.demo.synthetic import write_pairs
 pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
 
 #: Small chunks make many files, so that there is time to be killed in the middle of a store.
-OPTIONS: dict[str, Any] = {"chunks": 4, "workers": 2}
+OPTIONS: dict[str, Any] = {"chunks": 6, "workers": 2}
 #: How the words of Python's resource tracker begin.
 _TIDIED = f"{Path(resource_tracker.__file__)}:"
 TO_COMPLETE: dict[str, Any] = {"chunks": 16, "workers": 1}
@@ -207,7 +207,7 @@ def test_an_interrupted_command_says_so_and_leaves_nothing_half_written(
     """
     number, code, word = sent
     out = tmp_path / "out"
-    with _command(source, out, "--workers", workers, "--chunks", 4) as process:
+    with _command(source, out, "--workers", workers, "--chunks", 6) as process:
         until(lambda: _partials(out), process, "store half written")
         sent_s = time.monotonic()
         (os.killpg if to_all else os.kill)(process.pid, number)
@@ -230,7 +230,7 @@ def test_a_worker_that_does_not_finish_in_time_is_killed_and_swept_after(
 ) -> None:
     """A worker is stopped in the middle of a store, as if its disk hung."""
     out = tmp_path / "out"
-    with _command(source, out, "--workers", 2, "--chunks", 2) as process:
+    with _command(source, out, "--workers", 2, "--chunks", 4) as process:
         until(lambda: _stopped_in_a_store(out), process, "store half written by a stopped worker")
         process.terminate()
         _, stderr = process.communicate(timeout=HANG_S)

@@ -137,7 +137,7 @@ def sampled(root: Path) -> Iterator[list[Taken]]:
 @pytest.mark.parametrize(
     ("items", "restarts"),
     [
-        pytest.param(180, 3, id="180"),
+        pytest.param(180, 2, id="180"),
         pytest.param(1800, 10, id="1800", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )

@@ -23,8 +23,8 @@ from zarrcache.peers._seal import key_of
 TOKEN = "k" * 40
 DIGEST = "0" * 32
 START = f"GET /v2/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n".encode()
-ATTACKERS = 300
-FLOOD_S = 1.5
+ATTACKERS = 200  # the server keeps 128 connections without a valid request
+FLOOD_S = 0.5
 MOST_MORE_BYTES = 100 * 2**20
 
 
@@ -141,7 +141,7 @@ def test_flood_without_the_token_takes_little_memory_and_keeps_no_valid_client_o
     threads = [threading.Thread(target=flood, daemon=True) for _ in range(ATTACKERS)]
     for thread in threads:
         thread.start()
-    for _ in range(ATTACKERS // 2):
+    for _ in range(ATTACKERS * 3 // 4):
         assert begun.acquire(timeout=60)
     answers, most_bytes, ends_s = [], 0, time.monotonic() + FLOOD_S
     while not answers or time.monotonic() < ends_s:
