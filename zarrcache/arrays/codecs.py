@@ -28,7 +28,7 @@ import io
 import lzma
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,8 +61,18 @@ class UnknownCodecError(Exception):
 class _Step:
     """One codec of numcodecs, from bytes to bytes.
 
-    ``nbytes`` is the size of the decoded data; or a bound of it, behind a compressor or a shard,
-    where a compressor raises UnknownCodecError.
+    Parameters
+    ----------
+    codec : numcodecs codec
+    nbytes : int
+        Size of the decoded data, or a bound of it.
+    is_exact : bool
+        False: it is a bound, because a compressor or a shard comes before.
+
+    Raises
+    ------
+    UnknownCodecError
+        It compresses data of an unknown size.
     """
 
     __slots__ = ("_claimed", "_stream", "codec", "encoded_bytes", "has_exact_size", "nbytes")
@@ -84,7 +94,10 @@ class _Step:
     def decode(self, data: Buffer, out: NDArray[Any] | None = None) -> Any:
         """Decode; with ``out``, which has ``nbytes`` bytes, perhaps into it.
 
-        ValueError: the result would not have ``nbytes``. Damaged data raises what the codec raises.
+        Raises
+        ------
+        ValueError
+            The result would not have ``nbytes``. Damaged data raises what the codec raises.
         """
         view = memoryview(data).cast("B")
         if self._claimed is not None:
@@ -363,7 +376,15 @@ _SETTINGS: dict[str, frozenset[str]] = {
 
 
 def _named(codec: Any) -> tuple[str, Mapping[str, Any]]:
-    """Name and settings of a codec in ``zarr.json``."""
+    """Name and settings of a codec in ``zarr.json``.
+
+    Raises
+    ------
+    ValueError
+        It is not a codec.
+    UnknownCodecError
+        It has a setting that is not known here.
+    """
     if isinstance(codec, str):
         return codec, {}
     if not isinstance(codec, dict) or not isinstance(codec.get("name"), str):
@@ -440,19 +461,41 @@ def _lz4(view: memoryview) -> int:
 
 
 def _zstd(view: memoryview) -> int | None:
-    """The size that a frame declares (RFC 8878, section 3.1.1); None if it declares none.
+    """Sum of the sizes that the frames declare; None if one declares none."""
+    sizes = list(_zstd_frames(view))
+    return None if None in sizes else sum(size for size in sizes if size is not None)
 
-    Of several frames the library adds up the sizes, and refuses what does not fit.
+
+def _zstd_frames(view: memoryview) -> Iterator[int | None]:
+    """The size that each frame declares (RFC 8878, section 3.1).
+
+    Raises
+    ------
+    ValueError
+        It is not a sequence of frames.
     """
-    if len(view) < 6 or int.from_bytes(view[:4], "little") != 0xFD2FB528:
-        # Some builds of zstd also read frames of older formats, which declare nothing.
-        raise ValueError("it is not a zstd frame")
-    descriptor = view[4]
-    is_single = descriptor >> 5 & 1
-    width = (is_single, 2, 4, 8)[descriptor >> 6]
-    start = 5 + (1 - is_single) + (0, 1, 2, 4)[descriptor & 3]
-    declared = int.from_bytes(view[start : start + width], "little")
-    return declared + (256 if width == 2 else 0) if width else None
+    at = 0
+    while at < len(view):
+        magic = int.from_bytes(view[at : at + 4], "little")
+        if magic & 0xFFFFFFF0 == 0x184D2A50:  # a skippable frame
+            at += 8 + int.from_bytes(view[at + 4 : at + 8], "little")
+            continue
+        if magic != 0xFD2FB528 or at + 6 > len(view):
+            # Some builds of zstd also read frames of older formats, which declare nothing.
+            raise ValueError("it is not a zstd frame")
+        descriptor = view[at + 4]
+        is_single = descriptor >> 5 & 1
+        width = (is_single, 2, 4, 8)[descriptor >> 6]
+        at += 5 + (1 - is_single) + (0, 1, 2, 4)[descriptor & 3]
+        declared = int.from_bytes(view[at : at + width], "little") + (256 if width == 2 else 0)
+        at += width
+        while at + 3 <= len(view):
+            block = int.from_bytes(view[at : at + 3], "little")
+            at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)  # one byte that repeats
+            if block & 1:
+                break
+        at += 4 * (descriptor >> 2 & 1)
+        yield declared if width else None
 
 
 #: Codecs whose header declares the decompressed size, by numcodecs id: read that size. None: this
