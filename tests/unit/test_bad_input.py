@@ -87,8 +87,8 @@ class TestMap:
         with pytest.raises(
             ValueError,
             match=re.escape(
-                f"Functional 'PBE' not found in mapping {data}/map.json. Available: ['GGA', "
-                "'SCAN', 'r2SCAN']. Set functional to one of them."
+                "Functional 'PBE' not found in mapping. Available: ['GGA', 'SCAN', 'r2SCAN']. Set "
+                f"functional to one of them; the map is {data}/map.json."
             ),
         ) as caught:
             make_reader(data, functional="PBE").data_split()

@@ -137,8 +137,9 @@ def listed_ids(path: str | os.PathLike[str], functional: str) -> list[str]:
     mapping = read_map(path)
     if functional not in mapping:
         raise ConfigError(
-            f"Functional {functional!r} not found in mapping {full_path(path)}. Available: "
-            f"{safe_repr(list(mapping))}. Set functional to one of them."
+            f"Functional {functional!r} not found in mapping. Available: "
+            f"{safe_repr(list(mapping))}. Set functional to one of them; the map is "
+            f"{full_path(path)}."
         )
     try:
         return check_task_ids(mapping[functional])
