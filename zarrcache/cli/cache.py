@@ -107,7 +107,8 @@ def evict(
                 return 1
         with Meter("Evicting", "entries", len(plan.entries)) as meter:
             freed = plan.execute(meter.reach)
-        text = f"Evicted {entries}, freed {format_bytes(freed)} in {plan.directory}."
+        kept = " Those that were stored again meanwhile are kept." * (freed < plan.disk_bytes)
+        text = f"Evicted {entries}, freed {format_bytes(freed)} in {plan.directory}.{kept}"
     if as_json:
         show_json(
             {

@@ -390,14 +390,21 @@ class Index:
         int
             Bytes freed on disk.
         """
+        return self._drop([(digest, filename, None) for digest in digests])
+
+    def drop_rows(self, rows: Sequence[Row]) -> int:
+        """As :meth:`drop`, but keep an entry that has been stored again since its row was read."""
+        return self._drop([(row.digest, row.filename, row.stored_s) for row in rows])
+
+    def _drop(self, entries: Sequence[tuple[str, str | None, float | None]]) -> int:
         freed = 0
-        if digests and self.is_read_only:
+        if entries and self.is_read_only:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), self._root)
-        for start in range(0, len(digests), _BATCH):
+        for start in range(0, len(entries), _BATCH):
             doomed: list[Intent] = []
             with self._file.transaction() as table:
-                for digest in digests[start : start + _BATCH]:
-                    doomed += self._doom(table, digest, only=filename)
+                for digest, filename, stored_s in entries[start : start + _BATCH]:
+                    doomed += self._doom(table, digest, only=filename, stored_s=stored_s)
             self._finish(doomed)
             freed += sum(intent.size_bytes for intent in doomed)
         return freed
@@ -514,11 +521,21 @@ class Index:
         return bool(victims)
 
     def _doom(
-        self, table: Table, digest: str, *, keep: str | None = None, only: str | None = None
+        self,
+        table: Table,
+        digest: str,
+        *,
+        keep: str | None = None,
+        only: str | None = None,
+        stored_s: float | None = None,
     ) -> list[Intent]:
         """Turn an entry into an intent to delete. Call inside a transaction."""
         old = self._file.lookup(digest, table)
         if old is None or (only is not None and old.filename != only):
+            return []
+        # An object is stored again under the same file name.
+        query = "SELECT 1 FROM Cache WHERE key = ? AND store_time = ?"
+        if stored_s is not None and not self._file.select(query, (digest, stored_s), table):
             return []
         table.delete(digest)
         # An object has one file name, so the new file has replaced the old one already.

@@ -41,6 +41,8 @@ class EvictPlan:
     def execute(self, progress: Callable[[int], object] | None = None) -> int:
         """Drop the entries. Existing maps stay valid; a later read is a miss.
 
+        An entry that has been stored again since the plan was made is kept.
+
         Parameters
         ----------
         progress : callable, optional
@@ -65,7 +67,7 @@ class EvictPlan:
             )
         freed = 0
         for start in range(0, len(self.entries), _STEP):
-            freed += self.index.drop([row.digest for row in self.entries[start : start + _STEP]])
+            freed += self.index.drop_rows(self.entries[start : start + _STEP])
             if progress is not None:
                 progress(min(start + _STEP, len(self.entries)))
         self.index.sweep()

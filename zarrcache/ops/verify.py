@@ -199,7 +199,7 @@ class _Findings:
     def _drop(self, row: Row) -> int:
         if self._index.is_read_only:
             return row.size_bytes
-        return self._index.drop([row.digest], filename=row.filename)
+        return self._index.drop_rows([row])
 
     def _drop_corrupt(self, row: Row, why: str) -> None:
         self._drop(row)
