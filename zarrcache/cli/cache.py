@@ -21,9 +21,9 @@ from zarrcache.cli.options import (
     Json,
     OptionalConfig,
     cache_source,
+    nbytes,
     read_ids,
     seconds,
-    size,
 )
 from zarrcache.errors import ConfigError
 
@@ -51,11 +51,7 @@ def evict(
     ] = None,
     target: Annotated[
         int | None,
-        typer.Option(
-            parser=size,
-            metavar="SIZE",
-            help="only the oldest, until the cache takes at most this size, e.g. '50 GiB'",
-        ),
+        nbytes("only the oldest, until the cache takes at most this size, e.g. '50 GiB'"),
     ] = None,
     ids: Ids = None,
     stale: Annotated[

@@ -24,6 +24,7 @@ from zarrcache.cli.options import (
     S3Config,
     S3Kwargs,
     chunk_sizes,
+    number,
     open_engine,
     s3_options,
     whole,
@@ -79,12 +80,7 @@ def convert(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            parser=whole(1),
-            help="worker processes [default: min(cores, bytes of the files / 32 MiB)]",
-            show_default=False,
-        ),
+        number(1, "worker processes [default: min(cores, bytes of the files / 32 MiB)]"),
     ] = None,
     chunks: Annotated[
         str,

@@ -11,7 +11,7 @@ import typer
 from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, say, show, show_json, show_table
 from zarrcache.cli.format import count
-from zarrcache.cli.options import Json, whole
+from zarrcache.cli.options import Json, number
 
 if TYPE_CHECKING:
     from zarrcache.demo import DemoReport
@@ -29,9 +29,7 @@ def demo(
             show_default=False,
         ),
     ] = None,
-    samples: Annotated[
-        int, typer.Option(metavar="N", parser=whole(2), help="maximum number of pairs")
-    ] = 8,
+    samples: Annotated[int, number(2, "maximum number of pairs")] = 8,
     keep: Annotated[
         bool,
         typer.Option("--keep", help="keep the directory with sources, configs, cache and logs"),

@@ -39,11 +39,12 @@ __all__ = [
     "cache_source",
     "chunk_sizes",
     "data_config",
+    "nbytes",
+    "number",
     "open_engine",
     "read_ids",
     "s3_options",
     "seconds",
-    "size",
     "whole",
 ]
 
@@ -76,6 +77,16 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def number(least: int, help: str, most: int | None = None) -> Any:
+    """An option for a whole number."""
+    return typer.Option(metavar="N", parser=whole(least, most), help=help)
+
+
+def nbytes(help: str) -> Any:
+    """An option for a size such as ``50 GiB``."""
+    return typer.Option(metavar="SIZE", parser=size, help=help)
 
 
 Config = Annotated[

@@ -12,7 +12,7 @@ from zarrcache._keys import FLOAT32, Eviction
 from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, say_refusal, show, show_json
 from zarrcache.cli.format import count, duration, plural
-from zarrcache.cli.options import Config, Json, data_config, size, whole
+from zarrcache.cli.options import Config, Json, data_config, nbytes, number
 
 if TYPE_CHECKING:
     from zarrcache.ops import EpochForecast, Forecast
@@ -23,29 +23,15 @@ __all__ = ["plan"]
 @command(resumable=False)
 def plan(
     config: Config,
-    nodes: Annotated[
-        int,
-        typer.Option(
-            "--nodes", metavar="N", parser=whole(1), help="nodes, each with its own cache"
-        ),
-    ] = 1,
+    nodes: Annotated[int, number(1, "nodes, each with its own cache")] = 1,
     capacity: Annotated[
-        int | None,
-        typer.Option(
-            parser=size,
-            metavar="SIZE",
-            help="cache size per node, e.g. '200 GiB' [default: cache.limit]",
-            show_default=False,
-        ),
+        int | None, nbytes("cache size per node, e.g. '200 GiB' [default: cache.limit]")
     ] = None,
     lookahead: Annotated[
         int | None,
-        typer.Option(
-            parser=size,
-            metavar="SIZE",
-            help="bytes that the look-ahead of each node fetches ahead, 0 to train without it "
-            "[default: cache.lookahead]",
-            show_default=False,
+        nbytes(
+            "bytes that the look-ahead of each node fetches ahead, 0 to train without it "
+            "[default: cache.lookahead]"
         ),
     ] = None,
     assignment: Annotated[
@@ -56,28 +42,12 @@ def plan(
         Eviction | None,
         typer.Option(help="what a full cache does [default: cache.eviction]", show_default=False),
     ] = None,
-    ranks_per_node: Annotated[
-        int,
-        typer.Option(
-            "--ranks-per-node", metavar="N", parser=whole(1), help="training processes per node"
-        ),
-    ] = 1,
-    epochs: Annotated[
-        int, typer.Option("--epochs", metavar="N", parser=whole(1), help="epochs of the whole run")
-    ] = 50,
+    ranks_per_node: Annotated[int, number(1, "training processes per node")] = 1,
+    epochs: Annotated[int, number(1, "epochs of the whole run")] = 50,
     workers: Annotated[
-        int,
-        typer.Option(
-            "--workers",
-            metavar="N",
-            parser=whole(1),
-            help="concurrent readers per node; used only for the time estimate",
-        ),
+        int, number(1, "concurrent readers per node; used only for the time estimate")
     ] = 1,
-    seed: Annotated[
-        int,
-        typer.Option("--seed", metavar="N", parser=whole(0), help="seed of the order of samples"),
-    ] = 0,
+    seed: Annotated[int, number(0, "seed of the order of samples")] = 0,
     probe: Annotated[
         bool,
         typer.Option(
@@ -147,8 +117,8 @@ def plan_lines(plan: Forecast) -> Iterator[str]:
         f"{plan.variant.eviction}."
     )
     yield ""
-    for number, epoch in enumerate(plan.epochs[:3], start=1):
-        yield f"epoch {number}: {_epoch(epoch, plan.prices.currency)}"
+    for n, epoch in enumerate(plan.epochs[:3], start=1):
+        yield f"epoch {n}: {_epoch(epoch, plan.prices.currency)}"
     yield f"{plural(plan.run_epochs, 'epoch')}: {_epoch(plan.total, plan.prices.currency)}"
     timed = (
         " The time is that of reading alone, without training."

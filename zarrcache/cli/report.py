@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from zarrcache.cli.app import command, say
-from zarrcache.cli.options import Config, check_output, data_config, whole, write_output
+from zarrcache.cli.options import Config, check_output, data_config, number, write_output
 from zarrcache.errors import ConfigError, ZarrCacheError
 
 __all__ = ["report"]
@@ -21,12 +21,8 @@ def report(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="HTML file to write")
     ] = Path("report.html"),
-    nodes: Annotated[
-        int, typer.Option("--nodes", metavar="N", parser=whole(1), help="nodes of the forecast")
-    ] = 1,
-    epochs: Annotated[
-        int, typer.Option("--epochs", metavar="N", parser=whole(1), help="epochs of the forecast")
-    ] = 50,
+    nodes: Annotated[int, number(1, "nodes of the forecast")] = 1,
+    epochs: Annotated[int, number(1, "epochs of the forecast")] = 50,
 ) -> int:
     """Write a page: epochs so far, cost, what-if.
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from zarrcache.cli.app import command, say, show, show_json
-from zarrcache.cli.options import Config, Json, data_config, whole
+from zarrcache.cli.options import Config, Json, data_config, number
 
 __all__ = ["serve"]
 
@@ -24,10 +24,7 @@ def serve(
             help="name or address of this node to listen on; other than loopback needs a token",
         ),
     ] = "127.0.0.1",
-    port: Annotated[
-        int,
-        typer.Option(metavar="N", parser=whole(0, 65535), help="TCP port; 0 chooses a free one"),
-    ] = 7070,
+    port: Annotated[int, number(0, "TCP port; 0 chooses a free one", most=65535)] = 7070,
     token_file: Annotated[
         Path | None,
         typer.Option(

@@ -19,10 +19,10 @@ from zarrcache.cli.options import (
     Ids,
     Json,
     data_config,
+    nbytes,
+    number,
     open_engine,
     read_ids,
-    size,
-    whole,
 )
 from zarrcache.cli.progress import Meter, is_quiet
 from zarrcache.errors import ConfigError
@@ -51,23 +51,11 @@ def warm(
         ),
     ] = False,
     workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            metavar="N",
-            parser=whole(1),
-            help="worker processes [default: min(cores, 8, densities / 16)]",
-            show_default=False,
-        ),
+        int | None, number(1, "worker processes [default: min(cores, 8, densities / 16)]")
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(
-            parser=size,
-            metavar="SIZE",
-            help="stop when this many decoded bytes are warm, e.g. '50 GiB' [default: no limit]",
-            show_default=False,
-        ),
+        nbytes("stop when this many decoded bytes are warm, e.g. '50 GiB' [default: no limit]"),
     ] = None,
     dask: Dask = None,
     each_node: Annotated[
