@@ -33,10 +33,8 @@ def audit(
     html: Annotated[
         Path | None,
         typer.Option(
-            "--html",
             metavar="FILE",
             help="write a page with pictures of the worst 20 pairs; extra plot",
-            show_default=False,
         ),
     ] = None,
     as_json: Json = False,

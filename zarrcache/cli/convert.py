@@ -57,7 +57,6 @@ def convert(
         typer.Option(
             metavar="GLOB",
             help="files below SRC, e.g. '**/CHGCAR' [default: every file named like a density]",
-            show_default=False,
         ),
     ] = None,
     id_from: Annotated[
@@ -75,7 +74,6 @@ def convert(
             metavar="GLOB",
             help="of several files of one material, convert the one that matches, e.g. "
             "'**/CHGCAR.3static' [default: such files are an error]",
-            show_default=False,
         ),
     ] = None,
     workers: Annotated[
@@ -94,9 +92,7 @@ def convert(
     ] = False,
     zarr_format: Annotated[
         int,
-        typer.Option(
-            "--zarr-format", metavar="2|3", parser=whole(2, 3), help="version of the Zarr format"
-        ),
+        typer.Option(metavar="2|3", parser=whole(2, 3), help="version of the Zarr format"),
     ] = 2,
     diff: Annotated[
         bool,

@@ -26,7 +26,6 @@ def demo(
         typer.Option(
             metavar="DIR",
             help="directory with CHGCAR or json.gz pairs [default: synthetic densities]",
-            show_default=False,
         ),
     ] = None,
     samples: Annotated[int, number(2, "maximum number of pairs")] = 8,

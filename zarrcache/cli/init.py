@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from zarrcache.cli.app import command, say, show
-from zarrcache.cli.options import write_output
+from zarrcache.cli.options import output_file, write_output
 from zarrcache.errors import ConfigError
 
 __all__ = ["init", "schema"]
 
 
-def _answer(name: str, help: str) -> Any:
-    return typer.Option(name, metavar="TEXT", help=help, show_default=False)
+def _answer(help: str) -> Any:
+    return typer.Option(metavar="TEXT", help=help)
 
 
 @command(resumable=False)
@@ -28,20 +28,16 @@ def init(
         "zarrcache.yaml"
     ),
     data_dir: Annotated[
-        str | None, _answer("--data-dir", "where the input densities are: s3://... or a directory")
+        str | None, _answer("where the input densities are: s3://... or a directory")
     ] = None,
-    label_dir: Annotated[
-        str | None, _answer("--label-dir", "where the label densities are")
-    ] = None,
-    map_dir: Annotated[str | None, _answer("--map-dir", "map file of functionals and ids")] = None,
-    functional: Annotated[
-        str | None, _answer("--functional", "functional to train on, for example GGA")
-    ] = None,
+    label_dir: Annotated[str | None, _answer("where the label densities are")] = None,
+    map_dir: Annotated[str | None, _answer("map file of functionals and ids")] = None,
+    functional: Annotated[str | None, _answer("functional to train on, for example GGA")] = None,
     cache_dir: Annotated[
-        str | None, _answer("--cache-dir", "directory of the cache, on this node's own disk")
+        str | None, _answer("directory of the cache, on this node's own disk")
     ] = None,
     limit: Annotated[
-        str | None, _answer("--limit", "bytes that the cache may use, for example '200 GiB'")
+        str | None, _answer("bytes that the cache may use, for example '200 GiB'")
     ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="ask nothing; what is not given keeps its default")
@@ -96,16 +92,7 @@ def init(
 
 @command(resumable=False)
 def schema(
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="file to write [default: standard output]",
-            show_default=False,
-        ),
-    ] = None,
+    output: Annotated[Path | None, output_file("file to write [default: standard output]")] = None,
 ) -> int:
     """Print the JSON schema of a config, for editors."""
     from zarrcache.ops import config_schema

@@ -9,7 +9,7 @@ import typer
 
 from zarrcache.cli.app import command, say, show, show_json
 from zarrcache.cli.format import plural
-from zarrcache.cli.options import Config, Json, check_output, data_config
+from zarrcache.cli.options import Config, Json, check_output, data_config, output_file
 
 if TYPE_CHECKING:
     from zarrcache.data import DataLock
@@ -22,10 +22,7 @@ _MOST = 20  # differences printed
 @command(resumable=False)
 def lock(
     config: Config,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="FILE", help="lock file to write; .gz compresses"),
-    ] = Path("data.lock"),
+    output: Annotated[Path, output_file("lock file to write; .gz compresses")] = Path("data.lock"),
 ) -> int:
     """Write a lock: ids and digests of all values of CONFIG.
 

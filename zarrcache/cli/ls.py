@@ -22,11 +22,11 @@ def ls(
     directory: Directory = None,
     ids: Ids = None,
     match: Annotated[
-        str, typer.Option("--match", metavar="GLOB", help="only ids that match, e.g. 'mp-12*'")
+        str, typer.Option(metavar="GLOB", help="only ids that match, e.g. 'mp-12*'")
     ] = "*",
     sort: Annotated[
         Literal["id", "role", "shape", "bytes", "units", "encoding", "stored"],
-        typer.Option("--sort", help="column to sort by"),
+        typer.Option(help="column to sort by"),
     ] = "id",
     reverse: Annotated[
         bool, typer.Option("--reverse", "-r", help="in descending order: largest or latest first")

@@ -17,6 +17,7 @@ from zarrcache.cli.options import (
     Profile,
     S3Config,
     S3Kwargs,
+    output_file,
     s3_options,
 )
 
@@ -33,12 +34,9 @@ def make_map(
             "the ids that all of them have",
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="map to write, compressed if it ends with .gz"
-        ),
-    ] = Path("map.json.gz"),
+    output: Annotated[Path, output_file("map to write, compressed if it ends with .gz")] = Path(
+        "map.json.gz"
+    ),
     functional: Annotated[
         str,
         typer.Option(

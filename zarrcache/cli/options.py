@@ -42,6 +42,7 @@ __all__ = [
     "nbytes",
     "number",
     "open_engine",
+    "output_file",
     "read_ids",
     "s3_options",
     "seconds",
@@ -84,6 +85,11 @@ def number(least: int, help: str, most: int | None = None) -> Any:
     return typer.Option(metavar="N", parser=whole(least, most), help=help)
 
 
+def output_file(help: str, metavar: str = "FILE") -> Any:
+    """The option for the file that a command writes."""
+    return typer.Option("--output", "-o", metavar=metavar, help=help)
+
+
 def nbytes(help: str) -> Any:
     """An option for a size such as ``50 GiB``."""
     return typer.Option(metavar="SIZE", parser=size, help=help)
@@ -106,7 +112,6 @@ Directory = Annotated[
         "--dir",
         metavar="DIR",
         help="cache directory to use instead of CONFIG's [default without CONFIG: ZARRCACHE_DIR]",
-        show_default=False,
     ),
 ]
 Ids = Annotated[
@@ -116,7 +121,6 @@ Ids = Annotated[
         metavar="FILE",
         help="only these task ids: a file with one per line, or a JSON list [default: all of "
         "CONFIG]",
-        show_default=False,
     ),
 ]
 EndpointUrl = Annotated[
@@ -125,7 +129,6 @@ EndpointUrl = Annotated[
         "--endpoint-url",
         metavar="URL",
         help="S3 endpoint [default: Amazon S3]",
-        show_default=False,
     ),
 ]
 Profile = Annotated[
@@ -155,7 +158,6 @@ Dask = Annotated[
         metavar="SCHEDULER",
         help="run on a Dask cluster: address (tcp://host:8786) or file of its scheduler, or "
         "`local` [default: processes of this machine]",
-        show_default=False,
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be done; do nothing")]

@@ -40,7 +40,7 @@ def plan(
     ] = "global",
     eviction: Annotated[
         Eviction | None,
-        typer.Option(help="what a full cache does [default: cache.eviction]", show_default=False),
+        typer.Option(help="what a full cache does [default: cache.eviction]"),
     ] = None,
     ranks_per_node: Annotated[int, number(1, "training processes per node")] = 1,
     epochs: Annotated[int, number(1, "epochs of the whole run")] = 50,

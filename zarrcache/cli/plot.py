@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from zarrcache.cli.app import command, say
-from zarrcache.cli.options import Config, data_config, write_output
+from zarrcache.cli.options import Config, data_config, output_file, write_output
 from zarrcache.errors import ConfigError
 
 __all__ = ["plot"]
@@ -30,12 +30,8 @@ def plot(
     task_id: Annotated[str, typer.Argument(metavar="ID", help="task id of the pair")],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE.png",
-            help="PNG file to write; needs the extra plot [default: the terminal]",
-            show_default=False,
+        output_file(
+            "PNG file to write; needs the extra plot [default: the terminal]", metavar="FILE.png"
         ),
     ] = None,
     at: Annotated[

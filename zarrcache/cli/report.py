@@ -6,10 +6,15 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from zarrcache.cli.app import command, say
-from zarrcache.cli.options import Config, check_output, data_config, number, write_output
+from zarrcache.cli.options import (
+    Config,
+    check_output,
+    data_config,
+    number,
+    output_file,
+    write_output,
+)
 from zarrcache.errors import ConfigError, ZarrCacheError
 
 __all__ = ["report"]
@@ -18,9 +23,7 @@ __all__ = ["report"]
 @command(resumable=False)
 def report(
     config: Config,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="HTML file to write")
-    ] = Path("report.html"),
+    output: Annotated[Path, output_file("HTML file to write")] = Path("report.html"),
     nodes: Annotated[int, number(1, "nodes of the forecast")] = 1,
     epochs: Annotated[int, number(1, "epochs of the forecast")] = 50,
 ) -> int:

@@ -31,7 +31,6 @@ def serve(
             metavar="FILE",
             help="file (mode 0600) with the token that clients present [default: CONFIG's "
             "cache.peer_token_file]",
-            show_default=False,
         ),
     ] = None,
     metrics: Annotated[

@@ -30,15 +30,13 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="show one interval, then end")] = False,
     interval: Annotated[
         float,
-        typer.Option("--interval", metavar="SECONDS", min=0.1, help="time between two looks"),
+        typer.Option(metavar="SECONDS", min=0.1, help="time between two looks"),
     ] = 1.0,
     metrics_file: Annotated[
         Path | None,
         typer.Option(
-            "--metrics-file",
             metavar="FILE.prom",
             help="keep this file up to date instead, for node_exporter; extra metrics",
-            show_default=False,
         ),
     ] = None,
     as_json: Json = False,

@@ -47,7 +47,6 @@ def warm(
             "--revalidate",
             help="list the directories again and compare cached densities with the origin, by one "
             "LIST each [default: unless cache.revalidate is never]",
-            show_default=False,
         ),
     ] = False,
     workers: Annotated[
@@ -71,7 +70,6 @@ def warm(
         typer.Option(
             help="with --each-node: global: all of CONFIG on each node. node: the node's share, "
             "as NodeSampler assigns it [default: global]",
-            show_default=False,
         ),
     ] = None,
     dry_run: Annotated[
