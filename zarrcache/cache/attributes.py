@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -24,15 +24,13 @@ from zarrcache._keys import ArrayKey
 from zarrcache._units import most_bytes
 from zarrcache.arrays import StoreAttributes
 from zarrcache.cache.tiers import ArrayCache
-from zarrcache.disk import BLOCK_BYTES, CACHE_FAULTS, disk_bytes
+from zarrcache.disk import CACHE_FAULTS
 from zarrcache.origin import Origin
 
 __all__ = ["PACK", "AttributePacks"]
 
 _ROWS, _FAN, _LEVELS = 64, 4, 10
 _LENGTH_BYTES = 4
-#: Assumed size of a row while none is stored, and of its name.
-_TYPICAL_BYTES, _NAME_BYTES = 2048, 32
 #: Most sources in a row: those of a store's channels, and of versions before.
 _SOURCES = 16
 #: Begins the name of a pack below its directory.
@@ -77,36 +75,6 @@ class AttributePacks:
                         row = _packed(_merged(rows, store, found))
                         return self._write(key, {**rows, store: row})
         return False
-
-    def needed_bytes(self, origin: Origin, stores: Collection[str]) -> int:
-        """Bytes on disk that the rows of ``stores`` need beyond those that are stored: an estimate.
-
-        Absent rows are taken to have the mean size of the stored ones, or 2 KiB if there are none.
-        """
-        absent, rows_bytes, n_rows = set(stores), 0, 0
-        packs = list(self._all(origin, 0, 0))
-        for rows in packs:
-            absent -= rows.keys()
-            rows_bytes += sum(map(len, rows.values()))
-            n_rows += len(rows)
-        if not absent:
-            return 0
-        row_bytes = rows_bytes // n_rows if n_rows else _TYPICAL_BYTES
-        added = len(absent) * (row_bytes + _NAME_BYTES)
-        # Packs of the last level may be nearly empty, but there are at most as many as rows.
-        n_packs = min(len(absent), 1 + _FAN * len(absent) // _ROWS)
-        if packs and n_rows + len(absent) <= _ROWS:
-            return disk_bytes(added)
-        return (2 * n_packs - 1) * BLOCK_BYTES + disk_bytes(added)
-
-    def _all(self, origin: Origin, level: int, number: int) -> Iterator[dict[str, bytes]]:
-        """Rows of the pack of this level and number, and of all packs below it."""
-        rows = self._rows(_key(origin, level, number))
-        if rows:
-            yield rows
-        if len(rows) >= _ROWS and level + 1 < _LEVELS:
-            for part in range(_FAN):
-                yield from self._all(origin, level + 1, number + part * _FAN**level)
 
     def _rows(self, key: ArrayKey) -> dict[str, bytes]:
         entry = self._entries.get(key)

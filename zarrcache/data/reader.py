@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -886,20 +886,6 @@ class ZarrS3Reader(PairReader):
         """Attributes of stores of any directory."""
         densities = [self._density(*channel).at(origin) for channel in self.channels]
         return AttributesThrough(self._cache, densities)
-
-    def absent_attributes_bytes(self, task_ids: Collection[str]) -> int:
-        """Bytes on disk that the attributes of these ids need beyond those that are stored.
-
-        Estimated from those that are stored, at 2 KiB per store if none are.
-        """
-        packs, nbytes = self._cache.attributes, 0
-        if packs is None:
-            return 0
-        for role in self.roles:
-            origin, names = self._origins[role], self.store_names(role)
-            wanted = {names[task_id] for task_id in task_ids if task_id in names}
-            nbytes += packs.needed_bytes(origin, wanted)
-        return nbytes
 
     def _get_zarr_path(self, base_dir: str, task_id: str) -> str:
         return f"{base_dir}/{task_id}.zarr"
