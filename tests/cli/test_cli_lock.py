@@ -20,7 +20,6 @@ from tests.support.users import needs_users, open_to_all, without_privileges
 from zarrcache import ZarrDataset, get_dataset
 from zarrcache.data import DataLock
 from zarrcache.errors import ConfigError, IncompleteArrayError
-from zarrcache.lightning import ZarrDataModule
 from zarrcache.registry import open_reader
 
 
@@ -148,6 +147,8 @@ def test_another_split_file_is_refused_before_the_training(locked: Path, tmp_pat
             reader.split_task_ids()
     with pytest.raises(ConfigError, match="for another split file"):
         reader.all_ids()  # which RhoDataModule divides
+    from zarrcache.lightning import ZarrDataModule
+
     module = ZarrDataModule(yaml.safe_load(changed(locked).read_text()), split_file=other)
     with pytest.raises(ConfigError, match="for another split file"):
         module.setup()

@@ -28,7 +28,6 @@ from zarrcache.cli.warm import estimate_notes
 from zarrcache.config import DataConfig
 from zarrcache.data import differences, open_reader
 from zarrcache.errors import ConfigError, IncompleteArrayError, SchemaError, ZarrCacheError
-from zarrcache.lightning import RhoDataModule, ZarrDataModule
 from zarrcache.ops import (
     audit,
     examine,
@@ -892,6 +891,8 @@ def test_data_modules_take_the_channels(
         "density_type": {"data": "total", "label": BOTH},
         "cache": cache,
     }
+    from zarrcache.lightning import RhoDataModule, ZarrDataModule
+
     with pytest.raises(ConfigError, match=r"2 of 6 materials lack diff \(label\)"):
         RhoDataModule(tmp_path / "list.txt", **options).setup()
     module = RhoDataModule(tmp_path / "list.txt", missing="drop", val_frac=0.3, **options)

@@ -25,7 +25,7 @@ from zarrcache.convert.writer import StoreExistsError, encode_store, is_document
 from zarrcache.demo.synthetic import make_pair, write_pairs
 from zarrcache.errors import OriginAccessError, OriginNotFoundError, OriginUnavailableError
 
-pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
 
 IDS = [f"syn-{SMALL}-0000", f"syn-{SMALL}-0001"]
 

@@ -145,7 +145,7 @@ def test_what_goes_to_a_cluster_holds_no_secret(
     """The functions of ``convert`` and ``warm``; a worker resolves the profile or the environment
     itself.
     """
-    pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+    pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
     write_pairs(tmp_path / "pairs", 1)
     sent: list[bytes] = []
     plan = plan_convert(
@@ -162,7 +162,7 @@ def test_a_secret_in_s3_kwargs_is_not_sent_to_a_cluster(
     reader_of: Any, s3_server: S3Server, bucket: str, tmp_path: Path
 ) -> None:
     """The error names the option and what to do, and not the value; nothing has been sent."""
-    pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+    pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
     write_pairs(tmp_path / "pairs", 1)
     sent: list[bytes] = []
     reader = reader_of(s3_server.s3_kwargs, "s3fs")

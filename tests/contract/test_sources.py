@@ -30,7 +30,7 @@ from zarrcache.demo.synthetic import write_pairs
 from zarrcache.errors import OriginAccessError, OriginNotFoundError, SchemaError
 from zarrcache.ops import measure_split, read_status, verify
 
-pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
 
 _PACK: dict[str, Callable[[bytes], bytes]] = {
     ".CHGCAR": bytes,

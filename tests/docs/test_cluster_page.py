@@ -54,7 +54,7 @@ def test_every_file_of_the_page_is_there() -> None:
 def test_the_python_of_the_page_converts(tmp_path: Path) -> None:
     """As a script, with worker processes of Dask."""
     pytest.importorskip("distributed", reason="needs the extra 'dask'")
-    pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+    pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
     write_pairs(tmp_path / "chgcars", 2, seed=SMALL)
     (script,) = [text for language, text in BLOCKS if language == "python"]
     (tmp_path / "script.py").write_text(script)

@@ -21,7 +21,7 @@ from zarrcache.convert.density import read_density
 from zarrcache.convert.plan import convert_directory, plan_convert
 from zarrcache.demo.synthetic import write_pairs
 
-pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
 
 
 @pytest.fixture

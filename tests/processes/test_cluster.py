@@ -147,7 +147,7 @@ def test_a_worker_that_cannot_do_it_is_one_error_and_not_a_thousand(
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Six densities as text, and a file that does not hold one."""
-    pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+    pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
     write_densities(tmp_path / "pairs", 6, seed=SMALL)
     (tmp_path / "pairs" / "label" / "bad-1.CHGCAR").write_text("not a density\n")
     return tmp_path / "pairs" / "label"

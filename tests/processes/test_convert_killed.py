@@ -29,7 +29,7 @@ from zarrcache.convert.plan import convert_directory, plan_convert
 from zarrcache.convert.writer import is_document
 from zarrcache.demo.synthetic import write_pairs
 
-pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
 
 #: Small chunks make many files, so that there is time to be killed in the middle of a store.
 OPTIONS: dict[str, Any] = {"chunks": 6, "workers": 2}

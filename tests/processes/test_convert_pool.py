@@ -19,7 +19,7 @@ from zarrcache.convert.converter import ConvertResult
 from zarrcache.convert.plan import convert_directory, plan_convert
 from zarrcache.demo.synthetic import write_pairs
 
-pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
 
 IDS = [f"syn-{SMALL}-000{n}" for n in range(3)]
 

@@ -62,13 +62,25 @@ def send_no_http(connection: socket.socket) -> None:
         connection.sendall(bytes(65536))
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+@pytest.fixture(scope="module")
+def served(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """One server for all floods; it ends silently on SIGTERM after them."""
+    with serving(tmp_path_factory.mktemp("served")) as (process, port):
+        yield process, port
+        process.terminate()
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode == 0
+
+
+@contextlib.contextmanager
+def serving(directory: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """``serve`` in its own process, with a token, and its port."""
-    token = tmp_path / "token"
+    token = directory / "token"
     token.touch(0o600)
     token.write_text(TOKEN)
-    config = write_config(tmp_path)
+    config = write_config(directory)
     process = start("serve", config, "--port", "0", "--token-file", token, "--json")
     try:
         assert process.stdout is not None
@@ -152,9 +164,6 @@ def test_flood_without_the_token_takes_little_memory_and_keeps_no_valid_client_o
         thread.join(60)
     assert set(answers) == {"none"}
     assert max(most_bytes, memory_bytes(process)) < idle_bytes + MOST_MORE_BYTES
-    process.terminate()
-    assert process.communicate(timeout=60) == ("", "")
-    assert process.returncode == 0
 
 
 def test_ten_thousand_connections_take_little_memory_and_keep_no_valid_client_out(
@@ -183,19 +192,17 @@ def test_ten_thousand_connections_take_little_memory_and_keep_no_valid_client_ou
             connection.close()
 
 
-def test_serve_that_was_suspended_answers_again_and_ends_on_sigterm(
-    served: tuple[subprocess.Popen[str], int],
-) -> None:
+def test_serve_that_was_suspended_answers_again_and_ends_on_sigterm(tmp_path: Path) -> None:
     """Batch systems suspend jobs; some system calls fail after that."""
-    process, port = served
-    for _ in range(2):
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(0.2)
-        process.send_signal(signal.SIGCONT)
-        assert ask(port) == "none"
-    process.terminate()
-    assert process.communicate(timeout=60) == ("", "")
-    assert process.returncode == 0
+    with serving(tmp_path) as (process, port):
+        for _ in range(2):
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGCONT)
+            assert ask(port) == "none"
+        process.terminate()
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode == 0
 
 
 def test_signal_just_after_a_suspension_ends_serve(

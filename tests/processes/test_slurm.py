@@ -287,7 +287,7 @@ def test_the_dask_jobqueue_example_converts(tmp_path: Path) -> None:
     """With local processes instead of Slurm jobs; a second run has nothing to do."""
     from zarrcache.demo.synthetic import write_pairs as write_densities
 
-    pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+    pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
     write_densities(tmp_path / "pairs", 3, seed=SMALL)
     (tmp_path / "dask_jobqueue.py").write_text(
         "from distributed import LocalCluster\n"

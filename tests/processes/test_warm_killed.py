@@ -85,14 +85,14 @@ def stuck(config: Path, fault_proxy: FaultProxy, pairs: int) -> Iterator[Stuck]:
                 < waiting
             ):
                 assert time.monotonic() < end, "the workers did not come to the stores that hang"
-                time.sleep(0.02)
+                time.sleep(0.1)
             fault_proxy.wait_in_flight(waiting)
             while (coverage := read_status(DataConfig.from_yaml(config)).coverage) is None or (
                 coverage.warm,
                 coverage.half,
             ) != (pairs - 2, 0):
                 assert time.monotonic() < end, "the others were not stored"
-                time.sleep(0.02)
+                time.sleep(0.1)
             return process
 
         yield run
@@ -316,7 +316,7 @@ class TestFiles:
             fault_proxy.wait_in_flight(2)
             while len(list_entries(DataConfig.from_yaml(config))) < 2 * 2 * (self.PAIRS - 2):
                 assert time.monotonic() < end, "the others were not stored"
-                time.sleep(0.02)
+                time.sleep(0.1)
         finally:
             _kill_all(process)
         self.goes_on(config, fault_proxy, values)

@@ -13,7 +13,7 @@ import pytest
 from zarrcache import ZarrS3Reader, plan_warm
 from zarrcache.errors import ConfigError, SchemaError
 
-pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from pymatgen.core.lattice import Lattice
-from pymatgen.core.structure import Structure
 
 from zarrcache.convert import InputFormat, RawDensity, formats, plan_convert, register_format
 from zarrcache.convert.formats import Naming, find_files, is_density_name, task_id_of
@@ -21,6 +19,9 @@ from zarrcache.errors import ConfigError
 
 def read_npz(path: Path) -> RawDensity:
     """A reader as another package would write it."""
+    from pymatgen.core.lattice import Lattice
+    from pymatgen.core.structure import Structure
+
     with np.load(path) as file:
         return RawDensity({"total": file["total"]}, Structure(Lattice.cubic(3), ["H"], [[0, 0, 0]]))
 

@@ -24,7 +24,7 @@ from zarrcache.convert.plan import convert_directory, plan_convert
 from zarrcache.demo.synthetic import make_pair, write_pairs
 from zarrcache.errors import OriginError
 
-pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
 
 
 @pytest.fixture

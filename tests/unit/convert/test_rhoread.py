@@ -21,7 +21,7 @@ from zarrcache.convert.rhoread import RhoRead
 from zarrcache.demo.synthetic import make_pair, write_pairs
 from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError
 
-pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from zarrcache.convert.density import read_density
 from zarrcache.demo.synthetic import make_pair, write_pairs
 from zarrcache.errors import ConfigError
 
-pytest.importorskip("pymatgen.core", reason="needs the extra 'convert'")
+pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
 
 
 @pytest.mark.parametrize("index", range(8))
