@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def test_a_cache_without_attributes_gets_them_from_warm_that_revalidates(
 
 
 def test_metadata_is_stored_when_it_is_first_read(stores: Path, tmp_path: Path) -> None:
-    """Without ``warm``; and read each time where entries are not trusted."""
+    """Without ``warm``, if the density is cached; and read each time if entries are not trusted."""
+    make_reader(tmp_path, stores, cache={}).load("mp-1", "data")
     trusting = make_reader(tmp_path, stores, cache={})
     doubting = make_reader(tmp_path, stores, cache={"revalidate": "epoch"})
     plain = make_reader(tmp_path, stores, cache=None)
@@ -338,6 +340,12 @@ def test_without_the_array_tier_attributes_come_from_where_the_density_does(
     reader = make_reader(tmp_path, stores, cache=cache)
     _check_versions(reader, version)
     assert reader.volume("mp-1") == pytest.approx(version**3)
+    reader.cache.forget_listing(reader.origin("data"), "mp-1.zarr")
+    _write(stores, 3)
+    with pytest.raises(IncompleteArrayError, match="has changed since"):
+        reader.volume("mp-1")
+    _check_versions(reader, 3)
+    assert reader.volume("mp-1") == pytest.approx(27)
 
 
 @pytest.mark.parametrize("revalidate", ["never", "run"])
@@ -456,11 +464,107 @@ def test_a_row_that_cannot_be_replaced_is_not_used(stores: Path, tmp_path: Path)
     reader.cache.arrays.drop(reader.key("mp-1", "data"))
     _write(stores, 2)
     full = make_reader(tmp_path, stores, cache={"min_free": "1000 TiB"})
-    assert full.volume("mp-1") == 1
     for _ in range(2):
         _check_versions(full, 2)
         assert full.volume("mp-1") == pytest.approx(8)
     assert full.stats.bypasses == 2
+
+
+def test_a_row_without_a_cached_density_is_not_used(stores: Path, tmp_path: Path) -> None:
+    """The density that is read next is of the version that the origin has now."""
+    _write(stores, 1)
+    reader = make_reader(tmp_path, stores, cache={})
+    plan_warm(reader, workers=1).execute()
+    assert reader.cache.arrays is not None
+    reader.cache.arrays.drop(reader.key("mp-1", "data"))
+    _write(stores, 2)
+    reader = make_reader(tmp_path, stores, cache={})
+    path = stores / "data" / "mp-1.zarr"
+    assert _edge(reader, reader.read_zarr_store(path)) == 2
+    assert reader.volume("mp-1") == pytest.approx(8)
+    _check_versions(reader, 2)
+
+
+def test_a_changed_lattice_makes_other_arrays_stale_too(stores: Path, tmp_path: Path) -> None:
+    """Not only charge densities, whose units the attributes say."""
+
+    def write(edge: int, *, only_attributes: bool) -> None:
+        path = stores / "data" / "mp-1.zarr"
+        wider = json.loads(json.dumps(STRUCTURE).replace("3.8", f"{edge}.0"))
+        if only_attributes:
+            (path / ".zattrs").write_text(json.dumps({"structure": wider}))
+        else:
+            small_group(path, {"elf": np.ones((4, 4, 4), np.float32)}, attrs={"structure": wider})
+
+    options: Any = {"density_type": "elf", "label_dir": stores / "data", "train_fraction": 1}
+    (tmp_path / "map.json").write_text('{"GGA": ["mp-1"]}')
+    write(1, only_attributes=False)
+    reader = make_reader(tmp_path, stores, cache={}, **options)
+    plan_warm(reader, workers=1).execute()
+    assert reader.volume("mp-1") == 1
+    write(2, only_attributes=True)
+    running = make_reader(tmp_path, stores, cache={"revalidate": "run"}, **options)
+    running.load("mp-1", "data")
+    assert running.volume("mp-1") == pytest.approx(8)
+    write(3, only_attributes=True)
+    plan_warm(reader, workers=1, revalidate=True).execute()
+    assert make_reader(tmp_path, stores, cache={}, **options).volume("mp-1") == pytest.approx(27)
+
+
+def _edge(reader: ZarrS3Reader, group: zarr.Group) -> float:
+    return float(reader.get_metadata(group)["structure"]["lattice"]["matrix"][0][0])
+
+
+_CACHES = [
+    None,
+    {},
+    {"revalidate": "run"},
+    {"revalidate": "epoch"},
+    {"limit": "4 KiB"},
+    {"arrays": {"enabled": False}},
+]
+
+
+@pytest.mark.parametrize("cache", _CACHES)
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_density_and_metadata_of_one_open_store_are_of_one_version(
+    stores: Path, tmp_path: Path, cache: Any, is_pickled: bool
+) -> None:
+    """Or are refused: in either order, when the store changes after it was opened."""
+    path = stores / "data" / "mp-1.zarr"
+    for reads_density_first in (True, False):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        _write(stores, 1)
+        reader = make_reader(tmp_path, stores, cache=cache)
+        group = reader.read_zarr_store(path)
+        found = [] if reads_density_first else [_edge(reader, group)]
+        _write(stores, 2)
+        if is_pickled:
+            group = pickle.loads(pickle.dumps(group))
+        with contextlib.suppress(IncompleteArrayError):
+            found.append(float(reader.read_charge_density(group)[0][0]))
+            found.append(_edge(reader, group))
+        assert len(set(found)) == 1, found
+        group = reader.read_zarr_store(path)
+        if cache != {}:
+            assert reader.read_charge_density(group)[0][0] == _edge(reader, group) == 2
+
+
+def test_arrays_of_an_open_store_are_not_read_beside_stored_attributes_of_another_version(
+    stores: Path, tmp_path: Path
+) -> None:
+    _write(stores, 1)
+    reader = make_reader(tmp_path, stores, cache={})
+    plan_warm(reader, workers=1).execute()
+    path = stores / "data" / "mp-1.zarr"
+    group = reader.read_zarr_store(path)
+    array: Any = group["charge_density_total"]
+    assert array[0, 0, 0] == group.attrs["structure"]["lattice"]["matrix"][0][0] == 1  # type: ignore[index,call-overload]
+    reader.cache.forget_listing(reader.origin("data"), "mp-1.zarr")
+    _write(stores, 2)
+    with pytest.raises(IncompleteArrayError, match="has changed since its density was cached"):
+        reader.read_zarr_store(path)["charge_density_total"]
+    assert np.all(reader.read_charge_density(group)[0] == 1)
 
 
 # -- the packs ------------------------------------------------------------------------------------

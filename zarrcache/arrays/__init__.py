@@ -39,6 +39,7 @@ from zarrcache.arrays.listing import (
     OriginArray,
     check_sizes,
     list_array,
+    objects_of,
     stable_listing,
 )
 from zarrcache.arrays.npy_files import members_of, read_npy_density
@@ -105,6 +106,7 @@ __all__ = [
     "metadata_of",
     "names_of",
     "no_density",
+    "objects_of",
     "per_point",
     "read_array",
     "read_attributes",

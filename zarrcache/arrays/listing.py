@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from zarrcache._keys import ObjectInfo, Units, density_array, is_density, source_digest
+from zarrcache._keys import ObjectInfo, Units, density_array, source_digest
 from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import (
     attributes_key,
@@ -79,9 +79,9 @@ class OriginArray:
         Names of arrays to decode too if they are fetched anyway, with a zipped store or a file. One
         that is absent, damaged or has absent chunks is left out of ``others``.
     uses_values : bool
-        The store's attributes say the units of a density and its number of electrons, so they are
-        listed and read with it: other attributes are another density. That takes a LIST of the
-        whole store. False: only the array's own objects matter.
+        The store's attributes say the units of a density, its number of electrons and its cell, so
+        they are listed and read with each array: other attributes are another density. That takes a
+        LIST of the whole store. False: only the array's own objects matter.
     """
 
     origin: Origin
@@ -97,11 +97,6 @@ class OriginArray:
         """URL of the store."""
         return self.origin.url_of(self.store)
 
-    @property
-    def has_attributes(self) -> bool:
-        """Whether the attributes of the store are among its objects."""
-        return self.uses_values and is_density(self.array)
-
     @functools.cached_property
     def prefix(self) -> str:
         """Prefix of the keys of a store of many objects."""
@@ -111,7 +106,8 @@ class OriginArray:
 def list_array(what: OriginArray) -> list[ObjectInfo]:
     """List the objects of an array, or the one object of a zipped store or a file: one LIST.
 
-    Those of a density include the document with the attributes of its store, if there is one.
+    With ``uses_values`` they include the document with the attributes of its store, if there is
+    one.
 
     Raises
     ------
@@ -132,7 +128,7 @@ def list_array(what: OriginArray) -> list[ObjectInfo]:
         return listed
     if kind_of(store) == "directory":
         return _list_directory(origin, store)
-    everything = origin.list_objects(f"{store}/" if what.has_attributes else prefix)
+    everything = origin.list_objects(f"{store}/" if what.uses_values else prefix)
     listed = objects_of(what, everything)
     if not listed:
         # A store that is being written may get it next: only a stable listing shows absence.
@@ -147,16 +143,18 @@ def list_array(what: OriginArray) -> list[ObjectInfo]:
 
 
 def objects_of(what: OriginArray, objects: Iterable[ObjectInfo]) -> list[ObjectInfo]:
-    """The objects of an array, as `list_array`, among those of its store of many objects.
+    """The objects of an array, as `list_array`, among those of its store or zipped store.
 
     Neither the array's own attributes nor what an editor or macOS leaves beside the chunks affects
     the values: not worth a request, nor a reason to refetch.
     """
     by_key = {obj.key: obj for obj in objects}
+    if is_object(what.store):
+        return list(by_key.values())
     keys = [key.removeprefix(what.prefix) for key in by_key if key.startswith(what.prefix)]
     found = list(filter(is_array_key, keys))
     listed = [by_key[what.prefix + key] for key in found]
-    if found and what.has_attributes:
+    if found and what.uses_values:
         name = attributes_key(metadata_key(found))
         attributes = by_key.get(f"{what.store}/{name}")
         if attributes is not None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import ObjectInfo, Units, is_density, source_digest
+from zarrcache._keys import ObjectInfo, Units, source_digest
 from zarrcache.arrays.decode import (
     FORMATS,
     MAX_DOCUMENT_BYTES,
@@ -211,8 +211,7 @@ def _read_zipped(
     zipped = ZippedStore(data, what.store_url)
     decoder = _decode_zipped(zipped, what, what.array, reserve)
     name = attributes_key("zarr.json" if f"{what.array}/zarr.json" in zipped.sizes else None)
-    has_units = what.uses_values and any(map(is_density, (what.array, *what.also)))
-    attributes = attributes_in_zip(zipped, name) if has_units else {}
+    attributes = attributes_in_zip(zipped, name) if what.uses_values else {}
     values = decoder.finish()
     without_fill = dataclasses.replace(what, fills=False)
     others = {}
@@ -280,8 +279,8 @@ def _checked(what: OriginArray, decoded: Decoded) -> Decoded:
 def examine_array(what: OriginArray, listed: Collection[ObjectInfo]) -> Examined:
     """Count the absent chunks of an array, and read the electrons that its store states.
 
-    One GET of the array's metadata, and for a density one of the store's attributes; a zipped store
-    is fetched whole.
+    One GET of the array's metadata and one of the store's attributes; a zipped store is fetched
+    whole.
 
     Parameters
     ----------
@@ -314,8 +313,7 @@ def examine_array(what: OriginArray, listed: Collection[ObjectInfo]) -> Examined
     attributes: dict[str, Any] = {}
     if zipped is not None:
         raw = zipped.read(prefix + name, MAX_DOCUMENT_BYTES)
-        if is_density(array):
-            attributes = attributes_in_zip(zipped, attributes_key(name))
+        attributes = attributes_in_zip(zipped, attributes_key(name))
     else:
         key = f"{store}/{attributes_key(name)}"
         documents = [o for o in listed if o.key in (prefix + name, key)]

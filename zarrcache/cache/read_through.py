@@ -17,7 +17,6 @@ from zarrcache._keys import (
     ArrayKey,
     ObjectInfo,
     Units,
-    is_density,
     source_digest,
     stored_array,
 )
@@ -31,6 +30,7 @@ from zarrcache.arrays import (
     density_of_group,
     is_fetched_whole,
     list_array,
+    objects_of,
     read_array,
     read_attributes,
 )
@@ -163,11 +163,6 @@ class ReadThrough:
             self._origin, store, self._array, self._units, self.fills, self._siblings
         )
 
-    @property
-    def has_attributes(self) -> bool:
-        """Whether the attributes of a store are decoded with its density."""
-        return is_density(self._array)
-
     def origin_array(self, store: str) -> OriginArray:
         """The array as reads see it now: without the array tier, through the byte tier."""
         what = self._of(store)
@@ -203,7 +198,7 @@ class ReadThrough:
         key, listed, source = self.key(store), None, None
         is_due = revalidate or not self._is_trusted(key)
         if self._arrays is None:
-            values, outcome, flaws, _, _ = self._past_the_array_tier(store, relist=is_due)
+            values, outcome, flaws, source, _ = self._past_the_array_tier(store, relist=is_due)
         else:
             if is_due:
                 listed = self.listing(store)
@@ -218,7 +213,7 @@ class ReadThrough:
                 values, outcome, flaws, source, attributes = found
                 if attributes is not None and on_attributes is not None:
                     on_attributes(attributes)
-            self._remember(store, source)
+        self._remember(store, source)
         if is_due:
             self._checked.add(key.digest)
         if flaws is not SOUND:
@@ -404,22 +399,24 @@ class ReadThrough:
         None: it is not cached, or the next read compares it with the origin.
         """
         key = self.key(store)
-        if self._arrays is None or not self._is_trusted(key):
+        if self._cache.config is None or not self._is_trusted(key):
             return None
         # Of the last read first: the entry may have been replaced or evicted since, and a lent one
         # or one that was not admitted was never there.
-        source = self._sources.get(store) or self._cache.stored_source(key)
-        if source is None and key.exact is not None:
-            source = self._cache.stored_source(key.exact)
+        source = self._sources.get(store)
+        if source is None and self._arrays is not None:
+            source = self._cache.stored_source(key)
+            if source is None and key.exact is not None:
+                source = self._cache.stored_source(key.exact)
         return source
 
     def last_source(self, store: str) -> str | None:
         """`source` of the last read, as far as it is remembered."""
         return self._sources.get(store)
 
-    def current_source(self, store: str, origin: Origin) -> str:
-        """The same digest of what ``origin`` has now. One LIST."""
-        return source_digest(list_array(dataclasses.replace(self._of(store), origin=origin)))
+    def source_in(self, store: str, listed: Sequence[ObjectInfo]) -> str:
+        """The same digest, from a listing of the store."""
+        return source_digest(objects_of(self._of(store), listed))
 
     def of_group(self, group: zarr.Group, where: str) -> NDArray[np.float32]:
         """Read the density of an open group, past the cache."""
@@ -498,26 +495,25 @@ class AttributesThrough:
         """
         if self._packs is None:
             return
-        for found in decoded:
-            if found.attributes:
-                self._packs.put(self._origin, store, found)
-            if found.attributes or self._densities[0].has_attributes:
-                return
+        if decoded:
+            if decoded[0].attributes:
+                self._packs.put(self._origin, store, decoded[0])
+            return
         self._read(store, [density.last_source(store) for density in self._densities])
 
-    def check(self, store: str, sources: Collection[str]) -> None:
-        """Refuse attributes that do not belong to the densities.
+    def sources_in(self, store: str, listed: Sequence[ObjectInfo]) -> list[str]:
+        """Sources of the densities in a listing of their store."""
+        return [density.source_in(store, listed) for density in self._densities]
+
+    def check(self, store: str, sources: Collection[str], *read: str | None) -> None:
+        """Refuse attributes that do not belong to the densities, or to one that was ``read``.
 
         Raises
         ------
         IncompleteArrayError
         """
-        self._check(store, [density.source(store) for density in self._densities], sources)
-
-    def check_group(self, store: str, through: Origin) -> None:
-        """`check` the attributes of a group that was opened with the listing of ``through``."""
-        cached = [density for density in self._densities if density.source(store) is not None]
-        self.check(store, [density.current_source(store, through) for density in cached])
+        cached = [density.source(store) for density in self._densities]
+        self._check(store, [*cached, *read], sources)
 
     def _read(self, store: str, wanted: Sequence[str | None]) -> StoreAttributes:
         found = self._stored(store, wanted)
@@ -529,7 +525,10 @@ class AttributesThrough:
         return found
 
     def _stored(self, store: str, wanted: Sequence[str | None]) -> StoreAttributes | None:
-        if self._packs is None or (None in wanted and self._revalidate != "never"):
+        # Without a known source the next density may be of any version.
+        if self._packs is None or not any(wanted):
+            return None
+        if None in wanted and self._revalidate != "never":
             return None
         found = self._packs.get(self._origin, store)
         if found is None or not set(found.sources).issuperset(filter(None, wanted)):
@@ -541,5 +540,5 @@ class AttributesThrough:
             raise IncompleteArrayError(
                 f"{self._origin.url_of(store)} has changed since its density was read or cached, "
                 "so its attributes are of another version. Run `zarrcache warm --revalidate`, and "
-                "read the density again."
+                "open the store or read the density again."
             )

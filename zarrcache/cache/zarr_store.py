@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import threading
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from typing import Any
 
 import zarr
@@ -22,11 +22,13 @@ from zarr.abc.store import (
 
 from zarrcache._keys import ObjectInfo, source_digest
 from zarrcache.arrays import (
+    OriginArray,
     StoreAttributes,
     ZippedStore,
     check_sizes,
     is_chunk_of_nothing,
     is_file,
+    objects_of,
 )
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
@@ -77,8 +79,13 @@ class CachedStore(Store):
         self._was_there = False
         #: Attributes that are served without a request (:meth:`know_attributes`).
         self.known: StoreAttributes | None = None
+        #: What readers have taken: the source of the density, and those of the attributes.
+        self.density_source: str | None = None
+        self.attribute_sources: Collection[str] | None = None
         self._documents: dict[str, bytes | None] = {}
         self._sizes: dict[str, int] | None = None
+        #: The listing, once there is one.
+        self.listed: list[ObjectInfo] | None = None
         self._objects: dict[str, ObjectInfo] = {}
         self._by_array: dict[str, ChunkChecksums | None] = {}
         self._checksums: dict[str, ChunkChecksums | None] = {}  # by directory of the chunks
@@ -88,11 +95,6 @@ class CachedStore(Store):
     def url(self) -> str:
         """Full URL or path of the store."""
         return self.origin.url_of(self.name)
-
-    @property
-    def through(self) -> CachedOrigin:
-        """The origin as this store reads it, with its listing."""
-        return self._through
 
     def know_attributes(self, stored: StoreAttributes) -> None:
         """Serve the documents of the root group from these attributes, without a request.
@@ -131,11 +133,13 @@ class CachedStore(Store):
             "cache": self.cache,
             "was_there": self._was_there or bool(self._sizes),
             "known": self.known,
+            "taken": (self.density_source, self.attribute_sources),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["origin"], state["name"], state["cache"])  # type: ignore[misc]
         self._was_there = state["was_there"]
+        self.density_source, self.attribute_sources = state["taken"]
         if state["known"] is not None:
             self.know_attributes(state["known"])
 
@@ -337,11 +341,24 @@ class CachedStore(Store):
             raise IncompleteArrayError(
                 f"{self.url} was deleted after it was opened. Open it again when it is back."
             )
+        if self.known is not None and not self._is_of(self.known, listed):
+            raise IncompleteArrayError(
+                f"{self.url} has changed since its density was cached, so its attributes are of "
+                "another version than its arrays. Run `zarrcache warm --revalidate`, and open it "
+                "again."
+            )
+        self.listed = listed
         if zipped and listed:
             self._zipped = ZippedStore(self._object(listed[0], 0, listed[0].size_bytes), self.url)
             return self._zipped.sizes
         self._objects = {o.key.removeprefix(prefix): o for o in listed}
         return {key: o.size_bytes for key, o in self._objects.items()}
+
+    def _is_of(self, known: StoreAttributes, listed: Collection[ObjectInfo]) -> bool:
+        """Whether attributes belong to an array of a listing."""
+        names = {obj.key.removeprefix(f"{self.name}/").partition("/")[0] for obj in listed}
+        arrays = (OriginArray(self.origin, self.name, name) for name in names)
+        return any(source_digest(objects_of(one, listed)) in known.sources for one in arrays)
 
 
 def _bounds(byte_range: ByteRequest | None, size: int) -> tuple[int, int]:

@@ -789,7 +789,13 @@ class ZarrS3Reader(PairReader):
         where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
         with only_our_errors(where):
             if isinstance(store, CachedStore) and not zarr_store.path:
-                return _flat(densities.at(store.origin).read(store.name)[0])
+                through = densities.at(store.origin)
+                values, _ = through.read(store.name)
+                store.density_source = through.last_source(store.name)
+                if store.attribute_sources is not None:
+                    attributes = AttributesThrough(self._cache, [through])
+                    attributes.check(store.name, store.attribute_sources, store.density_source)
+                return _flat(values)
             return _flat(densities.of_group(zarr_store, where))
 
     def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
@@ -800,19 +806,24 @@ class ZarrS3Reader(PairReader):
         Raises
         ------
         IncompleteArrayError
-            The density of the store is cached in another version.
+            The density of the store is cached in another version, or was read from
+            ``zarr_store`` in another one.
         """
-        from zarrcache.cache import CachedStore
+        from zarrcache.cache import CachedStore, group_of
 
         _check_group(zarr_store, "get_metadata", "metadata(task_id)")
         store = zarr_store.store
         with only_our_errors(f"metadata of {zarr_store.store_path}"):
-            if isinstance(store, CachedStore):
+            if isinstance(store, CachedStore) and not zarr_store.path:
                 attributes = self._attributes_at(store.origin)
                 if store.known is not None:
-                    attributes.check(store.name, store.known.sources)
+                    sources: Collection[str] = store.known.sources
                 else:
-                    attributes.check_group(store.name, store.through)
+                    if store.listed is None:  # it was pickled, and is listed again
+                        zarr_store = group_of(store)
+                    sources = attributes.sources_in(store.name, store.listed or ())
+                attributes.check(store.name, sources, store.density_source)
+                store.attribute_sources = sources
             return metadata_of(zarr_store)
 
     # -- attributes
@@ -820,8 +831,8 @@ class ZarrS3Reader(PairReader):
     def metadata(self, task_id: str, role: Role = "data") -> dict[str, Any]:
         """Attribute ``metadata`` of a material, merged with ``structure``, as ``get_metadata``.
 
-        Once ``zarrcache warm`` has stored the density this sends no request; before, one or two
-        LISTs and a GET, and the attributes are stored.
+        If the density is cached, and its attributes were read before or stored by ``zarrcache
+        warm``, this sends no request; otherwise one or two LISTs and a GET.
 
         Raises
         ------
