@@ -100,3 +100,37 @@ def test_an_array_that_zarr_has_no_memory_for_is_not_called_damaged(tmp_path: Pa
     )
     assert done.stdout.startswith("ZarrCacheError: "), done.stderr
     assert "this process gets no more memory (MemoryError: Unable to allocate" in done.stdout
+
+
+LIMITED_PROGRAM = """
+import resource, sys
+from pathlib import Path
+from tests.support.readers import make_reader
+from zarrcache import ZarrCacheError
+
+reader = make_reader(Path(sys.argv[1]), cache={})
+used = next(line for line in open("/proc/self/status") if line.startswith("VmSize"))
+limit = int(used.split()[1]) * 1024 + 2 * 1024**2
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+try:
+    reader.load("mp-1", "data")
+except ZarrCacheError as exc:
+    print(f"{type(exc).__name__}: {exc}")
+"""
+
+
+def test_a_process_that_cannot_load_a_codec_does_not_call_the_store_damaged(
+    tmp_path: Path,
+) -> None:
+    """A library is mapped when it is first used, which the limit of ``ulimit -v`` refuses."""
+    small_group(tmp_path / "data/mp-1.zarr", shape=(128,) * 3, **LAYOUTS["v2"])
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1"]}))
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED_PROGRAM, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.startswith("ZarrCacheError: mp-1 (data) could not be read, bec"), done.stderr
+    assert "raise the limit of the process (ulimit -v)" in done.stdout

@@ -283,7 +283,7 @@ class ArrayDecoder:
         except UnknownCodecError:
             check_chunk_count(document, url)
             layout = None
-        except MemoryError:
+        except (MemoryError, ImportError):  # of this process, which says nothing about the store
             raise
         except Exception as exc:  # parts that are missing, of other types, or that no codec takes
             raise SchemaError(

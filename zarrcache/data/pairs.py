@@ -593,8 +593,15 @@ def as_our_error(exc: Exception, what: str) -> ZarrCacheError:
     if isinstance(exc, MemoryError):
         return ZarrCacheError(
             f"{what} could not be read, because this process gets no more memory (MemoryError"
-            f"{f': {exc}' if str(exc) else ''}). Use fewer workers, or give the job more memory. "
-            "If it is always this material, its store may be damaged: convert it again."
+            f"{f': {exc}' if str(exc) else ''}). Use fewer workers, give the job more memory, or "
+            "raise the limit of the process (ulimit -v). If it is always this material, its store "
+            "may be damaged: convert it again."
+        )
+    if isinstance(exc, ImportError):
+        return ZarrCacheError(
+            f"{what} could not be read, because a library cannot be loaded ({exc}). If it is "
+            "installed, this process gets no more memory: give the job more, or raise the limit of "
+            "the process (ulimit -v)."
         )
     return ZarrCacheError(
         f"{what} could not be read ({type(exc).__name__}: {exc}). If the store is sound, please "

@@ -273,9 +273,10 @@ def _mapped(fd: int, place: Place, dtype: str, shape: tuple[int, ...]) -> np.nda
         ):
             raise OSError(ctypes.get_errno(), "")
     except OSError as exc:
-        # Linux allows a process 65530 maps.
+        # Linux allows a process 65530 maps. A writable map counts as memory of the process.
         hint = (
-            ". If this process holds many densities, keep fewer, or raise vm.max_map_count"
+            ". The memory of this process may be limited (ulimit -v, vm.overcommit_memory). If it "
+            "holds tens of thousands of densities, keep fewer, or raise vm.max_map_count"
             if exc.errno == errno.ENOMEM
             else ""
         )

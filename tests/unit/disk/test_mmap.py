@@ -158,11 +158,11 @@ def test_a_map_outlives_its_file_and_holds_no_descriptor(file: Path) -> None:
     assert np.array_equal(array, VALUES)
 
 
-def test_a_map_that_the_system_refuses_names_the_limit_on_maps(file: Path) -> None:
+def test_a_map_that_the_system_refuses_names_the_limits(file: Path) -> None:
     """A list of 65,000 densities reaches it; here the map would exceed the address space."""
     fd, found = open_regular(file)
     huge = os.stat_result((*found[:6], 1 << 62, *found[7:]))
-    with pytest.raises(OSError, match=r"Cannot allocate memory\. If .* raise vm\.max_map_count"):
+    with pytest.raises(OSError, match=r"Cannot allocate memory\. .*ulimit -v.*vm\.max_map_count"):
         map_file(fd, huge, file, OFFSET, "<f4", (3000,))
     os.close(fd)
 
