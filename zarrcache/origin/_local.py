@@ -19,7 +19,7 @@ from zarrcache.errors import (
     OriginError,
     OriginNotFoundError,
 )
-from zarrcache.origin._requests import RetryPolicy
+from zarrcache.origin._requests import RetryPolicy, report_progress
 from zarrcache.origin._s3_errors import TransientError
 from zarrcache.stats import Counters
 
@@ -129,20 +129,20 @@ class LocalOrigin:
         return data
 
     def _with_retries(self, function: Callable[[], T], path: str, obj: ObjectInfo | None) -> T:
-        def attempt(_remaining_s: float) -> T:
-            self._counters.add(requests=1)
-            try:
-                return function()
-            except OriginError:
-                raise
-            except OSError as exc:
-                # In a listing it may be any file.
-                name = exc.filename if isinstance(exc.filename, str) else path
-                raise _error(exc, name, obj) from exc
-
-        return RetryPolicy(self._retry).call(
-            attempt, path, on_retry=lambda: self._counters.add(retries=1)
-        )
+        for number, attempt in enumerate(RetryPolicy(self._retry)):
+            self._counters.add(requests=1, retries=int(number > 0))
+            with attempt:
+                try:
+                    found = function()
+                except OriginError:
+                    raise
+                except OSError as exc:
+                    # In a listing it may be any file.
+                    name = exc.filename if isinstance(exc.filename, str) else path
+                    raise _error(exc, name, obj) from exc
+                report_progress()
+                return found
+        raise AssertionError
 
 
 def _list(path: str, prefix: str) -> list[ObjectInfo]:

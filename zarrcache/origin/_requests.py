@@ -271,8 +271,8 @@ class RetryPolicy:
     until the node's pause is over. It gives up when ``attempts`` are used up, or when the next
     attempt would start more than ``timeout`` seconds after the last progress.
 
-    A policy object is used for one operation, in one thread: `call` for one request, `call_all` for
-    many, or as an iterator of attempts.
+    A policy object is used for one operation, in one thread: `call_all` for requests, or as an
+    iterator of attempts, which knows of no pauses.
 
     Parameters
     ----------
@@ -302,37 +302,6 @@ class RetryPolicy:
         self._verb = verb
         self._advice = advice
         self._start_s = self._progress_s = _now_s()
-
-    def call(
-        self,
-        function: Callable[[float], T],
-        url: str,
-        *,
-        on_retry: Callable[[], None] = lambda: None,
-    ) -> T:
-        """Call ``function`` until it does not raise ``TransientError``.
-
-        Parameters
-        ----------
-        function : callable
-            Called with the seconds that are left.
-        url : str
-            URL of the request, for the error if a pause of the node outlasts the time bound.
-        on_retry : callable
-            Called before each attempt except the first.
-        """
-        result: list[T] = []
-        for number, attempt in enumerate(self):
-            if number:
-                on_retry()
-            with attempt:
-                if not self._wait_for_pause():
-                    raise TransientError(url, _PAUSED)
-                result.append(function(self.remaining_s))
-                report_progress()
-            if result:
-                break
-        return result[0]
 
     def call_all(
         self,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.attempts import call
 from zarrcache.config import RetryConfig
 from zarrcache.errors import OriginUnavailableError
 from zarrcache.origin import _requests as retry
@@ -172,14 +173,14 @@ class TestRetries:
                 one.slow_down()
                 raise TransientError("s3://b/k", "SlowDown")
 
-        RetryPolicy(RetryConfig(), one).call(refused_once, "s3://b/k")
+        call(RetryPolicy(RetryConfig(), one), refused_once, "s3://b/k")
         assert calls[1] - calls[0] >= FIRST_PAUSE_S
 
     def test_a_first_attempt_waits_for_the_end_of_the_pause(self, clock: Clock) -> None:
         one = Backoff(ENDPOINT)
         one.slow_down()
         policy, before_s = RetryPolicy(RetryConfig(attempts=1), one), clock.now_s
-        assert policy.call(lambda _: clock.now_s, "s3://b/k") - before_s >= FIRST_PAUSE_S
+        assert call(policy, lambda _: clock.now_s, "s3://b/k") - before_s >= FIRST_PAUSE_S
 
     def test_the_time_bound_holds_for_pauses_too(self, clock: Clock) -> None:
         one = Backoff(ENDPOINT)
@@ -190,7 +191,7 @@ class TestRetries:
             OriginUnavailableError,
             match="SlowDown: the server has asked this node for fewer requests",
         ):
-            policy.call(calls.append, "s3://b/k")
+            call(policy, calls.append, "s3://b/k")
         assert (clock.now_s, calls) == (before_s, [])
 
     def test_attempts_at_one_object_count_if_the_failure_has_their_number(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.support.attempts import call
 from zarrcache.config import RetryConfig
 from zarrcache.errors import OriginAccessError, OriginUnavailableError
 from zarrcache.origin import _requests as retry
@@ -56,28 +57,20 @@ def failing(times: int, cause: str = "SlowDown (503)") -> Callable[[float], str]
 
 
 def test_a_success_is_called_once_and_does_not_wait(clock: Clock) -> None:
-    assert RetryPolicy(RetryConfig()).call(failing(0), URL) == "call 1"
+    assert call(RetryPolicy(RetryConfig()), failing(0), URL) == "call 1"
     assert clock.waits_s == []
 
 
-def test_transient_failures_are_tried_again_and_counted(clock: Clock) -> None:
-    """``on_retry`` is called before each attempt but the first."""
-    retries: list[int] = []
-    assert (
-        RetryPolicy(RetryConfig(attempts=5)).call(
-            failing(3), URL, on_retry=lambda: retries.append(1)
-        )
-        == "call 4"
-    )
-    assert len(retries) == 3
+def test_transient_failures_are_tried_again(clock: Clock) -> None:
+    assert call(RetryPolicy(RetryConfig(attempts=5)), failing(3), URL) == "call 4"
 
 
 def test_a_result_of_none_is_a_result(clock: Clock) -> None:
-    assert RetryPolicy(RetryConfig()).call(lambda _: None, URL) is None
+    assert call(RetryPolicy(RetryConfig()), lambda _: None, URL) is None
 
 
 def test_waits_double_up_to_a_limit(clock: Clock) -> None:
-    RetryPolicy(RetryConfig(attempts=9, timeout=1000)).call(failing(8), URL)
+    call(RetryPolicy(RetryConfig(attempts=9, timeout=1000)), failing(8), URL)
     assert clock.waits_s == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 20.0, 20.0]
 
 
@@ -88,7 +81,7 @@ def test_waits_are_drawn_from_zero_to_the_longest(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         retry._random, "uniform", lambda low, high: drawn.append((low, high)) or 0.25
     )
-    RetryPolicy(RetryConfig(attempts=3)).call(failing(2), URL)
+    call(RetryPolicy(RetryConfig(attempts=3)), failing(2), URL)
     assert drawn == [(0.0, 0.5), (0.0, 1.0)]
     assert clock.waits_s == [0.25, 0.25]
 
@@ -100,7 +93,7 @@ def test_used_up_attempts_name_url_number_and_last_cause(
     clock: Clock, attempts: int, words: str
 ) -> None:
     with pytest.raises(OriginUnavailableError) as caught:
-        RetryPolicy(RetryConfig(attempts=attempts)).call(failing(99), URL)
+        call(RetryPolicy(RetryConfig(attempts=attempts)), failing(99), URL)
     assert str(caught.value).startswith(
         f"s3://b/x could not be read: SlowDown (503) #{attempts} {words}. Check that the server "
         "runs"
@@ -115,7 +108,7 @@ def test_the_error_comes_from_the_cause_of_the_last_failure(clock: Clock) -> Non
         raise TransientError("s3://b/x", "Connection") from library
 
     with pytest.raises(OriginUnavailableError) as caught:
-        RetryPolicy(RetryConfig(attempts=2)).call(function, URL)
+        call(RetryPolicy(RetryConfig(attempts=2)), function, URL)
     assert caught.value.__cause__ is library
 
 
@@ -130,14 +123,14 @@ def test_an_error_that_is_not_transient_is_raised_at_once(
         raise kind("no")
 
     with pytest.raises(kind, match="no"):
-        RetryPolicy(RetryConfig()).call(function, URL)
+        call(RetryPolicy(RetryConfig()), function, URL)
     assert (len(calls), clock.waits_s) == (1, [])
 
 
 def test_the_time_bound_includes_the_next_wait(clock: Clock) -> None:
     """Attempts at 0, 0.5 and 1.5 s; the next would start at 3.5 s, after the bound."""
     with pytest.raises(OriginUnavailableError, match=re.escape("(3 attempts in 1.5 s)")):
-        RetryPolicy(RetryConfig(attempts=100, timeout=3.0)).call(failing(99), URL)
+        call(RetryPolicy(RetryConfig(attempts=100, timeout=3.0)), failing(99), URL)
     assert clock.now_s == 1001.5
 
 
@@ -148,7 +141,7 @@ def test_the_time_bound_includes_the_attempts_themselves(clock: Clock) -> None:
         raise TransientError("s3://b/x", "Timeout")
 
     with pytest.raises(OriginUnavailableError, match=re.escape("(4 attempts in 63.5 s)")):
-        RetryPolicy(RetryConfig(attempts=100, timeout=60)).call(hang, URL)
+        call(RetryPolicy(RetryConfig(attempts=100, timeout=60)), hang, URL)
 
 
 def test_progress_restarts_the_time_bound_but_not_the_attempts(clock: Clock) -> None:
@@ -182,7 +175,7 @@ def test_each_wait_is_one_log_line_with_fields(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "zarrcache.origin._requests"):
-        RetryPolicy(RetryConfig(attempts=3)).call(failing(2), URL)
+        call(RetryPolicy(RetryConfig(attempts=3)), failing(2), URL)
     assert [record.getMessage() for record in caplog.records] == [
         "origin.retry attempt=2 wait_s=0.50 url=s3://b/x cause=SlowDown (503) #1",
         "origin.retry attempt=3 wait_s=1.00 url=s3://b/x cause=SlowDown (503) #2",
@@ -204,7 +197,7 @@ def test_time_in_which_the_process_was_suspended_does_not_count(clock: Clock) ->
             raise TransientError(URL, "reset")
         return "done"
 
-    assert RetryPolicy(config).call(request, URL) == "done"
+    assert call(RetryPolicy(config), request, URL) == "done"
     # Each attempt has taken 0.25 + 0.25 + 0.25 + 1.0 s, and there were waits of 0.5, 1 and 2 s.
     assert left_s == pytest.approx([60.0, 57.75, 55.0, 51.25])
 
@@ -216,7 +209,7 @@ def test_suspension_during_a_pause_of_the_retries_does_not_count(
         clock.now_s += seconds + 3600.0
 
     monkeypatch.setattr(clock, "sleep", sleep)
-    assert RetryPolicy(RetryConfig(attempts=5, timeout=10)).call(failing(4), URL) == "call 5"
+    assert call(RetryPolicy(RetryConfig(attempts=5, timeout=10)), failing(4), URL) == "call 5"
 
 
 def test_suspension_of_another_thread_s_wait_changes_nothing(clock: Clock) -> None:
@@ -232,7 +225,7 @@ def test_signs_of_life_are_reported_with_the_silence_to_come(clock: Clock) -> No
     """Each answer, and each pause before it is made."""
     seen: list[float] = []
     with retry.reporting_progress(seen.append):
-        RetryPolicy(RetryConfig()).call(failing(2), URL)
+        call(RetryPolicy(RetryConfig()), failing(2), URL)
     assert seen == [0.5, 1.0, 0.0]
-    RetryPolicy(RetryConfig()).call(failing(0), URL)
+    call(RetryPolicy(RetryConfig()), failing(0), URL)
     assert len(seen) == 3
