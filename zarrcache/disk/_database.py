@@ -450,10 +450,6 @@ class IndexFile:
                 stamp += [found.st_mtime_ns, found.st_size]
         return tuple(stamp)
 
-    def select_healing(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """:meth:`select`, after a rebuild if the index is damaged. Not inside a transaction."""
-        return self.healing(lambda: self.select(query, values))
-
     def healing(self, ask: Callable[[], T]) -> T:
         """Call ``ask``; if it finds the index damaged, rebuild the index and call again.
 

@@ -40,6 +40,8 @@ _TAG = (
 _OTHERS_WRITE = 0o002
 #: Flags to open a directory. O_NOFOLLOW: a link in its place was planted.
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: A directory was removed, or something else was put in its place.
+_GONE = (FileNotFoundError, NotADirectoryError)
 #: SQLite opens these beside the index.
 _SIDE_FILES = ("", "-wal", "-shm", "-journal")
 
@@ -215,17 +217,11 @@ class CacheDir:
         Links in place of directories are not followed, because callers delete what they find here.
         """
         for tier in (self.entries, self.bytes):
-            with (
-                contextlib.suppress(FileNotFoundError, NotADirectoryError),
-                os.scandir(tier) as directories,
-            ):
-                for directory in sorted(
-                    d.path for d in directories if d.is_dir(follow_symlinks=False)
-                ):
-                    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as files:
-                        yield from sorted(
-                            Path(f.path) for f in files if not f.is_dir(follow_symlinks=False)
-                        )
+            for directory in sorted(self._directories(tier)):
+                with contextlib.suppress(*_GONE), os.scandir(directory) as files:
+                    yield from sorted(
+                        Path(f.path) for f in files if not f.is_dir(follow_symlinks=False)
+                    )
 
     def entry_names(self) -> set[str]:
         """Names of all files of the array tier, without directories. Takes 0.4 s for 400,000."""
@@ -236,14 +232,14 @@ class CacheDir:
         return sum(map(len, self._entry_lists()))
 
     def _entry_lists(self) -> Iterator[list[str]]:
-        with (
-            contextlib.suppress(FileNotFoundError, NotADirectoryError),
-            os.scandir(self.entries) as directories,
-        ):
-            for directory in directories:
-                if directory.is_dir(follow_symlinks=False):
-                    with contextlib.suppress(FileNotFoundError):
-                        yield os.listdir(directory.path)
+        for directory in self._directories(self.entries):
+            with contextlib.suppress(*_GONE):
+                yield os.listdir(directory)
+
+    @staticmethod
+    def _directories(tier: Path) -> Iterator[str]:
+        with contextlib.suppress(*_GONE), os.scandir(tier) as entries:
+            yield from (one.path for one in entries if one.is_dir(follow_symlinks=False))
 
     def name_of(self, path: Path) -> str:
         """The name of a file in the index: its path below :attr:`root`."""

@@ -475,7 +475,7 @@ class Index:
 
     def _ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """Rows of a query; a damaged index is rebuilt first. Not inside a transaction."""
-        return self._file.select_healing(query, values)
+        return self._file.healing(lambda: self._file.select(query, values))
 
     def _oldest(self, most: int = -1, *, kind: str | None = None) -> list[tuple[str, int]]:
         """See :class:`~zarrcache.disk.policy.StoredEntries`."""
