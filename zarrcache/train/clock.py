@@ -37,11 +37,10 @@ __all__ = [
     "Clock",
     "InWorker",
     "Part",
+    "Parts",
     "Timed",
     "faults",
     "instrument",
-    "is_foreign",
-    "readers_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -321,7 +320,7 @@ class InWorker:
 
         try:
             dataset = cast(Any, get_worker_info()).dataset
-            for kind in dict.fromkeys(map(type, _Parts.of(dataset).foreign)):
+            for kind in dict.fromkeys(map(type, Parts.of(dataset).foreign)):
                 _time_class(kind, self.clock)
             instrument(dataset, self.clock)
         except Exception:
@@ -347,7 +346,7 @@ def instrument(dataset: Any, clock: Clock) -> list[Callable[[], None]]:
                 else functools.partial(delattr, owner, name)
             )
 
-    parts = _Parts.of(dataset)
+    parts = Parts.of(dataset)
     for one in parts.own:
         time_calls(one, "_sample", "copy")
         time_calls(one, "_to_tensors", "augment")
@@ -419,7 +418,7 @@ def _timed_iteration(method: Callable[..., Any], clock: Clock) -> Callable[..., 
     return timed
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """What a dataset consists of: datasets of this package, those of the user, and readers."""
 
     own: list[Any]
@@ -427,7 +426,7 @@ class _Parts(NamedTuple):
     readers: list[Any]
 
     @classmethod
-    def of(cls, root: Any) -> _Parts:
+    def of(cls, root: Any) -> Parts:
         """What can be reached from a dataset through attributes of datasets.
 
         Looks at classes, and at attributes that are set: properties and ``__getattr__`` of the user
@@ -461,13 +460,3 @@ class _Parts(NamedTuple):
                     queue.append(getattr(one, "reader", None))
                 queue.extend(getattr(one, "__dict__", {}).values())
         return found
-
-
-def readers_of(dataset: Any) -> list[Any]:
-    """The readers that a dataset uses."""
-    return _Parts.of(dataset).readers
-
-
-def is_foreign(dataset: Any) -> bool:
-    """Whether there is code of the user around or below the datasets of this package."""
-    return bool(_Parts.of(dataset).foreign)

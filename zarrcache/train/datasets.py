@@ -387,7 +387,9 @@ class RhoData(_PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
             (self.data, self.gs_data, "data"),
             (self.label, self.gs_label, "label"),
         )[field]
-        return _grid(values[i], sizes[i], held=_holds_arrays(values), name=f"{name} of sample {i}")
+        # These return the same array at every access, with which a tensor would share its memory.
+        held = isinstance(values, (list, tuple, np.ndarray))
+        return _grid(values[i], sizes[i], held=held, name=f"{name} of sample {i}")
 
 
 class ZarrDataset(_PairDataset, Dataset[Sample]):
@@ -613,7 +615,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         if open_grid is None:
             return super()._open(i, field)
         grid: LazyGrid | LazyStack = open_grid(self.task_ids[i], ROLES[field])
-        return grid.view(_with_channel) if isinstance(grid, LazyGrid) else grid
+        return grid.view(lambda stored: stored[None]) if isinstance(grid, LazyGrid) else grid
 
     def _read(self, i: int, field: int) -> Grid:
         task_id, role = self.task_ids[i], ROLES[field]
@@ -637,10 +639,6 @@ def _ids_of(reader: DensityReader, split: str) -> Sequence[str]:
     return {"train": sides.train, "validation": sides.validation, "test": sides.test}[split]
 
 
-def _with_channel(grid: NDArray[Any]) -> NDArray[Any]:
-    return grid[None]
-
-
 def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
     """View ``values`` as a float32 grid ``(C, nx, ny, nz)``, read-only if ``held`` by a caller.
 
@@ -658,14 +656,6 @@ def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
     if held:
         grid.flags.writeable = False  # of this view only; it makes _tensor copy
     return grid
-
-
-def _holds_arrays(sequence: object) -> bool:
-    """Whether ``sequence`` returns the same array at every access.
-
-    A tensor over such an array would share memory with the sequence.
-    """
-    return isinstance(sequence, (list, tuple, np.ndarray))
 
 
 def _position(index: SupportsIndex, length: int) -> int:

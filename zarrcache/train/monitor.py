@@ -26,11 +26,10 @@ from zarrcache.train.clock import (
     PARTS,
     Clock,
     InWorker,
+    Parts,
     Timed,
     faults,
     instrument,
-    is_foreign,
-    readers_of,
 )
 from zarrcache.train.verdict import WAITS, EpochTimes, Verdict, Wait, judge
 
@@ -100,8 +99,8 @@ class Recorder:
         self._loader, self._workers = loader, loader.num_workers
         # Persistent workers add to the clock of the first monitor of their loader.
         self.clock = _clocks.setdefault(loader, self.clock)
-        self._is_foreign = is_foreign(loader.dataset)
-        self._readers = readers_of(loader.dataset)
+        parts = Parts.of(loader.dataset)
+        self._is_foreign, self._readers = bool(parts.foreign), parts.readers
         if loader.pin_memory and torch.cuda.is_available():
             self._cpu_s = time.process_time  # another thread copies into pinned memory
         collate = loader.collate_fn

@@ -187,21 +187,15 @@ class NodeSampler(Sampler[int]):
 
     def _identity(self) -> dict[str, Any]:
         schedule = self.schedule
-        digest = hashlib.blake2b("\n".join(schedule.names).encode(), digest_size=8).hexdigest()
-        sizes = (
-            None
-            if schedule.nbytes is None
-            else hashlib.blake2b(
-                ",".join(map(str, schedule.nbytes)).encode(), digest_size=8
-            ).hexdigest()
-        )
+        nbytes = schedule.nbytes
         return {
-            "samples": digest,
+            "samples": _digest("\n".join(schedule.names)),
             "assignment": schedule.assignment,
             "seed": schedule.seed,
             "shuffle": schedule.shuffle,
             "drop_last": schedule.drop_last,
-            "nbytes": sizes,  # with assignment="node" they decide which node reads what
+            # With assignment="node" they decide which node reads what.
+            "nbytes": None if nbytes is None else _digest(",".join(map(str, nbytes))),
         }
 
 
@@ -211,6 +205,10 @@ def _names(source: Sized) -> tuple[str, ...]:
     if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
         return tuple(names)
     return tuple(map(str, range(len(source))))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _bad_state(wrong: str) -> ConfigError:

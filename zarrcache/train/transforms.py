@@ -317,23 +317,15 @@ class PairToTensors:
         return cast, pages
 
     def _check_cast(self, tensor: torch.Tensor, cast: torch.Tensor, field: int, name: str) -> None:
-        """Refuse values that float16 cannot hold; warn of small ones."""
-        if self.dtype is torch.float16:
-            low, high = _check_fits_float16(tensor, name)
-            if field not in self._underflows:
-                self._check_underflow(tensor, cast, low, high, field, name)
+        """Refuse values that float16 cannot hold.
 
-    def _check_underflow(
-        self,
-        tensor: torch.Tensor,
-        cast: torch.Tensor,
-        low: float,
-        high: float,
-        field: int,
-        name: str,
-    ) -> None:
-        """Warn once per dataset, side and process if float16 loses small values."""
-        if low >= _SUBNORMAL_FLOAT16 or high <= -_SUBNORMAL_FLOAT16:
+        Warn once per dataset, side and process if it loses small ones.
+        """
+        if self.dtype is not torch.float16:
+            return
+        low, high = _check_fits_float16(tensor, name)
+        is_large = low >= _SUBNORMAL_FLOAT16 or high <= -_SUBNORMAL_FLOAT16
+        if is_large or field in self._underflows:
             return
         lost = int(torch.count_nonzero(tensor)) - int(torch.count_nonzero(cast))
         is_small = (tensor != 0) & (tensor.abs() < _SUBNORMAL_FLOAT16)
