@@ -61,18 +61,8 @@ class UnknownCodecError(Exception):
 class _Step:
     """One codec of numcodecs, from bytes to bytes.
 
-    Parameters
-    ----------
-    codec : numcodecs codec
-    nbytes : int
-        Size of the decoded data, or a bound of it.
-    is_exact : bool
-        False: it is a bound, because a compressor or a shard comes before.
-
-    Raises
-    ------
-    UnknownCodecError
-        It compresses data of an unknown size.
+    ``nbytes`` is the size of the decoded data; or a bound of it, behind a compressor or a shard,
+    where a compressor raises UnknownCodecError.
     """
 
     __slots__ = ("_claimed", "_stream", "codec", "encoded_bytes", "has_exact_size", "nbytes")
@@ -376,15 +366,7 @@ _SETTINGS: dict[str, frozenset[str]] = {
 
 
 def _named(codec: Any) -> tuple[str, Mapping[str, Any]]:
-    """Name and settings of a codec in ``zarr.json``.
-
-    Raises
-    ------
-    ValueError
-        It is not a codec.
-    UnknownCodecError
-        It has a setting that is not known here.
-    """
+    """Name and settings of a codec in ``zarr.json``."""
     if isinstance(codec, str):
         return codec, {}
     if not isinstance(codec, dict) or not isinstance(codec.get("name"), str):
