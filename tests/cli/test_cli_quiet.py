@@ -15,7 +15,7 @@ from tests.support.training import write_config, write_pairs, zarrcache
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "demo": ("--source {0}/nope", ("error: ",)),
     "init": ("{0}/new.yaml --yes --force", ()),
-    "convert": ('{0}/files {0}/stores --overwrite --s3-kwargs {{"secret":"x"}}', ("failed: ",)),
+    "convert": ("{0}/files {0}/stores --overwrite", ("failed: ",)),
     "map": ("{0}/data {0}/more -o {0}/new.json --force", ()),
     "warm": ("{0}/train.yaml --revalidate", ("failed: ",)),
     "evict": ("{0}/train.yaml --older-than 1d --yes", ()),

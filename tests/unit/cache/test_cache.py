@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import sqlite3
 from pathlib import Path
 
 import pytest
@@ -86,27 +85,6 @@ def test_a_directory_that_is_replaced_under_a_running_job_raises_nothing(tmp_pat
     cache = Cache(settings(tmp_path), Counters())
     cache.forget_listing(origin, "mp-1.zarr")
     assert cache.stored_listing(origin, "mp-1.zarr") is None
-
-
-def test_listings_of_the_first_build_are_listings(tmp_path: Path) -> None:
-    """It stored them under the kind of arrays: they stay when old arrays make room."""
-    config = settings(tmp_path, limit=3 * 8192, eviction="least-recently-stored")
-    cache = Cache(config, Counters())
-    origin = cache.origin(str(tmp_path / "data"))
-    cache.store_listing(origin, "", {"mp-1": "mp-1.zarr"})
-    assert cache.index is not None
-    database = sqlite3.connect(cache.index.dir.index)
-    with database:
-        database.execute("UPDATE Cache SET tag = 'array'")
-    database.close()
-    again = Cache(config, Counters())
-    assert again.index is not None
-    assert again.arrays is not None
-    assert [row.kind for row in again.index.rows()] == ["listing"]
-    assert list(again.index.rows("array")) == []
-    for number in range(4):
-        assert again.arrays.put(key_of(number), array_of(number), source="s") is not None
-    assert again.stored_listing(origin, "") == {"mp-1": "mp-1.zarr"}
 
 
 def test_another_thread_gets_its_own_listing(tmp_path: Path) -> None:
