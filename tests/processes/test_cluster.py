@@ -380,6 +380,23 @@ def test_warm_over_workers_of_this_machine_is_what_it_is_without(
     assert done.err.count("\n") == 1  # mp-absent
 
 
+def test_quiet_reaches_the_workers(running: RunningCluster, config: Path, tmp_path: Path) -> None:
+    """Warnings come from the processes that read: here that the limit is reached."""
+    config.write_text(config.read_text().replace("1 GiB", "64 KiB"))
+    loud = zarrcache("warm", config, "--workers", "2")
+    assert (loud.code, "the limit is reached" in loud.err) == (0, True)
+    for way in (("--workers", "2"), ("--dask", "local", "--workers", "1")):
+        shutil.rmtree(tmp_path / "cache")
+        done = zarrcache("warm", config, *way, "-q")
+        assert (done.code, done.err) == (0, "")
+        assert done.out.startswith("Warmed ")
+    done = zarrcache("warm", config, "--dask", running.file, "--each-node", "-q")
+    assert (done.code, done.err) == (0, "")
+    assert [line.split()[:2] for line in done.out.splitlines()] == [
+        [f"{node}:", "Warmed"] for node in NODES
+    ]
+
+
 def test_errors_keep_their_messages_with_dask_imported(running: RunningCluster) -> None:
     """Dask changes how exceptions are pickled; a cause that holds a lock cannot be pickled."""
     with open_cluster(running.address):

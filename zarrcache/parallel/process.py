@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import pickle
 import runpy
 import socket
@@ -91,7 +92,7 @@ class ChildProcess:
                 undo.callback(self.kill)
             with contextlib.suppress(OSError):  # it has died; the caller's next read detects that
                 self.connection.send((sys.path, sys.argv, _main_module()))
-                self.connection.send((function, arguments))
+                self.connection.send((logging.getLogger("zarrcache").level, function, arguments))
             undo.pop_all()
         self.pid = self._process.pid
 
@@ -156,7 +157,8 @@ def run_child(connection: Connection, main_module: _MainModule) -> None:
     _main.source = main_module
     # A function may be in the middle of an answer when the parent dies.
     with contextlib.suppress(HungUp, BrokenPipeError, ConnectionResetError):
-        function, arguments = receive(connection)
+        level, function, arguments = receive(connection)
+        logging.getLogger("zarrcache").setLevel(level)  # --quiet and --verbose hold here too
         function(connection, *arguments)
 
 

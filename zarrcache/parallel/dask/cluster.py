@@ -179,6 +179,7 @@ class _Work:
     """
 
     version: str
+    log_level: int
     pickled: bytes = field(repr=False)  # not in a worker's log: it may hold credentials
 
 
@@ -229,7 +230,8 @@ class Cluster:
         running: dict[Any, T] = {}
         todo, lost = deque(items), deque[T]()
         try:
-            work = self._send(_Work(_version(), pickle.dumps(function)), name)
+            level = logging.getLogger("zarrcache").level
+            work = self._send(_Work(_version(), level, pickle.dumps(function)), name)
             yield from self._run(work, f"{name}-item", todo, running, lost)
             yield from self._run(work, f"{name}-again", lost, running, None)
         finally:
@@ -403,6 +405,7 @@ def _load(work: _Work) -> Callable[[Any, Reserve], Any]:
             f"the Dask worker on {node_name()} has zarrcache {_version()}, and this machine "
             f"{work.version}. Install the same version on both."
         )
+    logging.getLogger("zarrcache").setLevel(work.log_level)  # --quiet and --verbose hold there too
     function: Callable[[Any, Reserve], Any] = pickle.loads(work.pickled)
     return function
 
