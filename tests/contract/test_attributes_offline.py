@@ -308,6 +308,30 @@ def test_documents_of_v2_beside_those_of_v3_are_not_read(stores: Path, tmp_path:
         _check_versions(reader, 2)
 
 
+@pytest.mark.parametrize("is_zipped", [False, True])
+def test_a_migration_to_v3_that_was_killed_loses_no_attributes(
+    tmp_path: Path, is_zipped: bool
+) -> None:
+    """It writes the documents of arrays before that of their group; the units are in the latter."""
+    attrs = {"structure": STRUCTURE, "charge_density_units": "volume"}
+    arrays = {"charge_density_total": np.full((4, 4, 4), 0.5, np.float32)}
+    store, new = tmp_path / "data" / "mp-1.zarr", tmp_path / "new.zarr"
+    small_group(store, arrays, attrs=attrs)
+    small_group(new, arrays, attrs=attrs, zarr_format=3, chunk_key_encoding={"name": "v2"})
+    shutil.copytree(
+        new / "charge_density_total", store / "charge_density_total", dirs_exist_ok=True
+    )
+    assert (store / "charge_density_total" / "zarr.json").exists()
+    if is_zipped:
+        shutil.make_archive(str(store), "zip", store)
+        shutil.rmtree(store)
+    (tmp_path / "map.json").write_text('{"GGA": ["mp-1"]}')
+    for cache in (None, {}):
+        reader = make_reader(tmp_path, cache=cache, label_dir=tmp_path / "data", train_fraction=1)
+        assert reader.load("mp-1", "data")[0] == pytest.approx(0.5 * 3.8**3)
+        assert reader.volume("mp-1") == pytest.approx(3.8**3)
+
+
 @pytest.mark.parametrize("density_type", ["diff", {"data": "total", "label": "diff"}])
 @pytest.mark.parametrize("is_one_directory", [False, True])
 def test_attributes_are_compared_with_each_cached_channel(

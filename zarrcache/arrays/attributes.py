@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -66,7 +66,9 @@ def read_attributes(arrays: Sequence[OriginArray]) -> StoreAttributes:
             return StoreAttributes(unconverted_attributes(files, url), 0, (source_digest(listed),))
         (data,) = files.values()
         zipped = ZippedStore(data, url)
-        name = "zarr.json" if "zarr.json" in zipped.sizes else ".zattrs"
+        name = attributes_key(
+            _described_by(first, zipped.sizes) or metadata_key(zipped.sizes), zipped.sizes
+        )
         attributes = attributes_in_zip(zipped, name)
         return StoreAttributes(attributes, FORMATS[name], (source_digest(listed),))
     objects = {obj.key.removeprefix(f"{store}/"): obj for obj in origin.list_objects(f"{store}/")}
@@ -74,12 +76,19 @@ def read_attributes(arrays: Sequence[OriginArray]) -> StoreAttributes:
         raise OriginNotFoundError(f"{url} does not exist or is empty.")
     of_arrays = [objects_of(what, objects.values()) for what in arrays]
     sources = tuple(source_digest(listed) for listed in of_arrays if listed)
-    name = attributes_key(metadata_key(objects))  # as for a density: v3 hides documents of v2
+    of_array = next((key for one in arrays if (key := _described_by(one, objects))), None)
+    # As for a density: v3 hides documents of v2.
+    name = attributes_key(of_array or metadata_key(objects), objects)
     if name not in objects:
         return StoreAttributes({}, FORMATS[name], sources)
     check_attributes_size(objects[name].size_bytes, name, url)
     ((_, document),) = origin.fetch([objects[name]])
     return StoreAttributes(attributes_in(document, name, url), FORMATS[name], sources)
+
+
+def _described_by(what: OriginArray, keys: Iterable[str]) -> str | None:
+    prefix = f"{what.array}/"
+    return metadata_key({key.removeprefix(prefix) for key in keys if key.startswith(prefix)})
 
 
 def metadata_of(group: zarr.Group) -> dict[str, Any]:

@@ -126,9 +126,15 @@ def metadata_key(keys: Collection[str]) -> str | None:
     return next((name for name in ("zarr.json", ".zarray") if name in keys), None)
 
 
-def attributes_key(metadata_key: str | None) -> str:
-    """Key below a store of the document with its attributes: ``zarr.json`` (v3) or ``.zattrs``."""
-    return "zarr.json" if metadata_key == "zarr.json" else ".zattrs"
+def attributes_key(metadata_key: str | None, keys: Container[str]) -> str:
+    """Key below a store of the document with its attributes: ``zarr.json`` (v3) or ``.zattrs``.
+
+    That of the format of an array, by its ``metadata_key``, if it is among the ``keys`` of the
+    store, else the other: ``zarr migrate v3`` writes the documents of arrays before that of their
+    group, and may have been killed between them.
+    """
+    names = ("zarr.json", ".zattrs") if metadata_key == "zarr.json" else (".zattrs", "zarr.json")
+    return next((name for name in names if name in keys), names[0])
 
 
 def attributes_in(document: Any, key: str, store_url: str) -> dict[str, Any]:

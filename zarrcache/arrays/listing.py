@@ -155,7 +155,8 @@ def objects_of(what: OriginArray, objects: Iterable[ObjectInfo]) -> list[ObjectI
     found = list(filter(is_array_key, keys))
     listed = [by_key[what.prefix + key] for key in found]
     if found and what.uses_values:
-        name = attributes_key(metadata_key(found))
+        root = {key.removeprefix(f"{what.store}/") for key in by_key}
+        name = attributes_key(metadata_key(found), root)
         attributes = by_key.get(f"{what.store}/{name}")
         if attributes is not None:
             check_attributes_size(attributes.size_bytes, name, what.store_url)

@@ -210,7 +210,8 @@ def _read_zipped(
     ((_, data),) = what.origin.fetch(listed)
     zipped = ZippedStore(data, what.store_url)
     decoder = _decode_zipped(zipped, what, what.array, reserve)
-    name = attributes_key("zarr.json" if f"{what.array}/zarr.json" in zipped.sizes else None)
+    described_by = "zarr.json" if f"{what.array}/zarr.json" in zipped.sizes else None
+    name = attributes_key(described_by, zipped.sizes)
     attributes = attributes_in_zip(zipped, name) if what.uses_values else {}
     values = decoder.finish()
     without_fill = dataclasses.replace(what, fills=False)
@@ -246,7 +247,8 @@ def _read_store(
     origin, prefix = what.origin, what.prefix
     keys = [o.key.removeprefix(prefix) for o in listed if o.key.startswith(prefix)]
     decoder = ArrayDecoder(keys, f"{what.store_url}/{what.array}", reserve, fills=what.fills)
-    name = attributes_key(metadata_key(keys))
+    root = {o.key.removeprefix(f"{what.store}/") for o in listed}
+    name = attributes_key(metadata_key(keys), root)
     key, attributes = f"{what.store}/{name}", dict[str, Any]()
     for obj, data in origin.fetch(listed):
         if obj.key == key:
@@ -313,14 +315,15 @@ def examine_array(what: OriginArray, listed: Collection[ObjectInfo]) -> Examined
     attributes: dict[str, Any] = {}
     if zipped is not None:
         raw = zipped.read(prefix + name, MAX_DOCUMENT_BYTES)
-        attributes = attributes_in_zip(zipped, attributes_key(name))
+        attributes = attributes_in_zip(zipped, attributes_key(name, zipped.sizes))
     else:
-        key = f"{store}/{attributes_key(name)}"
+        root = {o.key.removeprefix(f"{store}/") for o in listed}
+        key = f"{store}/{attributes_key(name, root)}"
         documents = [o for o in listed if o.key in (prefix + name, key)]
         found = {obj.key: bytes(data) for obj, data in origin.fetch(documents)}
         raw = found[prefix + name]
         if key in found:
-            attributes = attributes_in(found[key], attributes_key(name), what.store_url)
+            attributes = attributes_in(found[key], attributes_key(name, root), what.store_url)
     try:
         document = parse_document(raw)
     except (ValueError, RecursionError) as exc:
