@@ -75,6 +75,13 @@ def test_a_bucket_without_its_scheme_is_noticed(
         assert f"{tmp_path}/my-bucket/x is a directory of this machine, and there" in refused.err
 
 
+def test_a_source_and_a_destination_that_are_swapped_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "stores" / "mp-1.zarr").mkdir(parents=True)
+    done = zarrcache("convert", tmp_path / "stores", tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert "It holds Zarr stores: SRC comes before DST." in done.err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -396,7 +396,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except UnicodeDecodeError as exc:
         raise ConfigError(
             f"config file {os.fspath(path)} is not UTF-8 text ({exc.reason} at byte {exc.start}). "
-            "Save it as UTF-8."
+            "Give a YAML file, saved as UTF-8; `zarrcache init` writes one."
         ) from exc
     try:
         document = yaml.load(text, YamlLoader)

@@ -409,9 +409,10 @@ def _nothing_found(src: Path, pattern: str | None, others: Sequence[LeftOut]) ->
     else:
         hint = "no file is named *.CHGCAR, CHGCAR, *.CHGCAR.gz, *.json or *.json.gz"
     seen = "; ".join(f"{item.path}: {item.reason}" for item in others[:5])
+    swapped = " It holds Zarr stores: SRC comes before DST." if any(src.glob("*.zarr*")) else ""
     return ConfigError(
-        f"No densities in {src}: {hint}{f' ({seen})' if seen else ''}. Rename them, or choose them "
-        "with a pattern, for example '*.json.gz' or '**/CHGCAR'."
+        f"No densities in {src}: {hint}{f' ({seen})' if seen else ''}.{swapped} Rename them, or "
+        "choose them with a pattern, for example '*.json.gz' or '**/CHGCAR'."
     )
 
 

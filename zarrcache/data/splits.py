@@ -54,14 +54,17 @@ def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         The file is absent or holds something else.
     """
     document = _read_json(
-        path, "map file", "map_dir", "{functional: [task_id, ...]} (`zarrcache map` writes one)"
+        path,
+        "map file",
+        "map_dir",
+        "{functional: [task_id, ...]} (`zarrcache map` writes one; a list of ids is named .txt)",
     )
     if not isinstance(document, Mapping) or not all(
         isinstance(ids, list) for ids in document.values()
     ):
         raise ConfigError(
             f"map file {full_path(path)} does not hold {{functional: [task_id, ...]}}. Make one "
-            "with `zarrcache map`; a list of task ids, one per line, is named .txt."
+            "with `zarrcache map`; a list of ids is named .txt."
         )
     return dict(document)
 
