@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import time
@@ -163,6 +164,19 @@ def test_verify_against_the_origin_names_what_is_stale(config: Path, tmp_path: P
     assert f"stale: {store}: the origin has another version" in done.err
     assert "They were dropped. Run `zarrcache warm` to fetch them again." in done.err
     assert zarrcache("warm", config, "--json").document["stats"]["misses"] == 1
+
+
+def test_verify_against_the_origin_keeps_and_names_what_is_gone_there(
+    config: Path, tmp_path: Path
+) -> None:
+    """The entry may be the last copy, so nothing says that `warm` fetches it."""
+    store = tmp_path / "label" / "mp-0.zarr"
+    shutil.rmtree(store)
+    for _ in range(2):
+        done = zarrcache("verify", config, "--against-origin")
+        assert done.code == 1
+        assert done.out == "Verified 8 entries (64.0 KiB): 0 corrupt, 1 gone at the origin.\n"
+        assert done.err == f"gone: {store}: it is gone at the origin; the entry is kept\n"
 
 
 @pytest.mark.parametrize("name", ["status", "verify", "evict", "doctor"])

@@ -171,16 +171,16 @@ def verify(
         typer.Option(
             "--against-origin",
             help="also drop entries that differ from the origin's version, and name stores that "
-            "lack chunks or state another number of electrons; sends one LIST and two GETs of "
-            "metadata per entry (one GET of the file for .zarr.zip)",
+            "are gone there, lack chunks, or state another number of electrons; sends one LIST and "
+            "two GETs of metadata per entry (one GET of the file for .zarr.zip)",
         ),
     ] = False,
     as_json: Json = False,
 ) -> int:
     """Read every entry, drop what is corrupt.
 
-    The next read fetches it again. Exit 1 if anything was corrupt or cannot be read, not if it was
-    only stale. Safe while trainings run.
+    The next read fetches it again. Exit 1 if anything was corrupt, cannot be read, is flawed or is
+    gone at the origin; not if it was only stale. Safe while trainings run.
     """
     from zarrcache import ops
     from zarrcache.cli.progress import Meter
@@ -190,10 +190,12 @@ def verify(
         report = ops.verify(source, against_origin=against_origin, progress=meter.reach)
     for problems, verdict in ((report.corrupt, "corrupt"), (report.unreadable, "cannot be read")):
         failures((f"{one.file} ({one.url}): {one.why}" for one in problems), verdict=verdict)
-    failures((f"{one.url}: {one.why}" for one in report.stale), verdict="stale")
-    failures(
-        (f"{one.url}: {one.why}" for one in (*report.flawed, *report.filled)), verdict="flawed"
-    )
+    for problems, verdict in (
+        (report.stale, "stale"),
+        (report.gone, "gone"),
+        ((*report.flawed, *report.filled), "flawed"),
+    ):
+        failures((f"{one.url}: {one.why}" for one in problems), verdict=verdict)
     if as_json:
         show_json(asdict(report))
     else:
@@ -324,6 +326,7 @@ def _densities(number: int, array: str, units: str, encoding: str) -> str:
 def format_verification(report: VerifyReport) -> str:
     """One line for ``verify``."""
     stale = f", {count(len(report.stale))} stale" if report.stale else ""
+    gone = f", {count(len(report.gone))} gone at the origin" if report.gone else ""
     unreadable = f", {count(len(report.unreadable))} cannot be read" if report.unreadable else ""
     n_flawed = len({problem.url for problem in (*report.flawed, *report.filled)})
     flawed = f", {count(n_flawed)} flawed at the origin" if n_flawed else ""
@@ -336,5 +339,5 @@ def format_verification(report: VerifyReport) -> str:
         strays = f"; removed {plural(len(report.strays), 'file')} without an entry"
     return (
         f"Verified {plural(report.entries, 'entry', 'entries')} ({format_bytes(report.nbytes)}): "
-        f"{count(len(report.corrupt))} corrupt{stale}{unreadable}{flawed}{within}{strays}."
+        f"{count(len(report.corrupt))} corrupt{stale}{gone}{unreadable}{flawed}{within}{strays}."
     )

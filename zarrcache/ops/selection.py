@@ -154,6 +154,8 @@ class Compared(NamedTuple):
     electrons: float | None = None
     #: Of the cell, in cubic angstrom, for an entry per volume.
     volume: float | None = None
+    #: The origin no longer has the store.
+    is_gone: bool = False
 
 
 class Selection:
@@ -321,7 +323,9 @@ class Selection:
         what = OriginArray(origin, store, array)
         try:
             listed = list_array(what)
-        except (OriginNotFoundError, SchemaError):
+        except OriginNotFoundError:
+            return Compared(row, True, is_gone=True)
+        except SchemaError:
             return Compared(row, True)
         lacks, electrons, volume = "", None, None
         if examines:

@@ -69,6 +69,9 @@ class VerifyReport:
     stale : tuple of Problem
         Entries that differ from the origin's present version. Dropped. Empty without
         ``against_origin``.
+    gone : tuple of Problem
+        Entries of stores that the origin no longer has. Kept: each may be the last copy. Empty
+        without ``against_origin``.
     strays : tuple of str
         Files without an entry. Removed.
     unreadable : tuple of Problem
@@ -98,11 +101,12 @@ class VerifyReport:
     flawed: tuple[Problem, ...] = ()
     filled: tuple[Problem, ...] = ()
     within_bound: int = 0
+    gone: tuple[Problem, ...] = ()
 
     @property
     def is_good(self) -> bool:
-        """Whether every entry could be read, none was corrupt, and no density is flawed."""
-        return not self.corrupt and not self.unreadable and not self.flawed
+        """Whether every entry could be read, none was corrupt, and no density is flawed or gone."""
+        return not (self.corrupt or self.unreadable or self.flawed or self.gone)
 
 
 def verify(
@@ -121,8 +125,9 @@ def verify(
     against_origin : bool
         Also compare the stores of the config's ids with the origin, one LIST and two GETs of
         metadata per entry (a zipped store is fetched whole): drop entries of older versions, and
-        name stores that lack chunks or state another number of electrons than the entry has. Up to
-        16 entries that are not in float32 are read whole and compared within their error bound.
+        name stores that are gone, lack chunks, or state another number of electrons than the entry
+        has. Up to 16 entries that are not in float32 are read whole and compared within their error
+        bound.
     progress : callable, optional
         Called with the bytes checked so far and the bytes to check.
 
@@ -163,8 +168,8 @@ def verify(
         compared = {one.row.digest: one for one in selection.compare(intact, examines=True)}
     rounded = []
     for digest, (row, checked) in good.items():
-        is_stale = found.judge(checked, compared.get(digest, Compared(row, False)))
-        if digest in compared and checked.relative_error and not is_stale:
+        is_current = found.judge(checked, compared.get(digest, Compared(row, False)))
+        if digest in compared and checked.relative_error and is_current:
             rounded.append(row)
     within_bound = 0 if selection is None else found.compare_rounded(selection, rounded)
     return VerifyReport(
@@ -179,6 +184,7 @@ def verify(
         flawed=tuple(found.flawed),
         filled=tuple(found.filled),
         within_bound=within_bound,
+        gone=tuple(found.gone),
     )
 
 
@@ -192,6 +198,7 @@ class _Findings:
         self._index, self._fills = index, fills
         self.corrupt: list[Problem] = []
         self.stale: list[Problem] = []
+        self.gone: list[Problem] = []
         self.unreadable: list[Problem] = []
         self.flawed: list[Problem] = []
         self.filled: list[Problem] = []
@@ -223,8 +230,14 @@ class _Findings:
         return None
 
     def judge(self, checked: _Checked, compared: Compared) -> bool:
-        """Note the flaws of an intact entry. Returns whether it is stale, which drops it."""
-        row, is_stale, lacks, stated, volume = compared
+        """Note the flaws of an intact entry. Returns whether the origin has this version of it.
+
+        One of another version is dropped; one that is gone there is kept.
+        """
+        row, is_stale, lacks, stated, volume, is_gone = compared
+        if is_gone:
+            self.gone.append(_problem(row, "it is gone at the origin; the entry is kept"))
+            return False
         # A store that lacks chunks is no version to replace a whole entry with.
         is_stale = is_stale and (not lacks or self._fills)
         if is_stale:
@@ -244,7 +257,7 @@ class _Findings:
                 self.flawed.append(_problem(row, why))
         if lacks:
             (self.filled if self._fills else self.flawed).append(_problem(row, lacks))
-        return is_stale
+        return not is_stale
 
     def compare_rounded(self, selection: Selection, rows: Sequence[Row]) -> int:
         """Compare some entries of another encoding than float32 with the origin.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,27 @@ def test_against_origin_drops_stale_entries(warm: DataConfig, tmp_path: Path) ->
     assert [problem.url for problem in report.stale] == [str(tmp_path / "label" / "mp-0.zarr")]
     assert report.is_good
     assert verify(warm, against_origin=True).stale == ()
+
+
+def test_an_entry_of_a_store_that_is_gone_at_the_origin_is_named_and_kept(
+    warm: DataConfig, tmp_path: Path
+) -> None:
+    """It may be the last copy. In bfloat16 too, whose values are compared with the origin's."""
+    rounded = write_config(
+        tmp_path, name="r.yaml", dir=str(tmp_path / "r"), arrays={"encoding": "bfloat16"}
+    )
+    other = DataConfig.from_yaml(rounded)
+    plan_warm(other).execute()
+    store = tmp_path / "label" / "mp-0.zarr"
+    shutil.rmtree(store)
+    for config in (warm, other):
+        before = verify(config).entries
+        report = verify(config, against_origin=True)
+        assert [(one.url, one.why) for one in report.gone] == [
+            (str(store), "it is gone at the origin; the entry is kept")
+        ]
+        assert (report.is_good, report.stale, report.corrupt) == (False, (), ())
+        assert verify(config).entries == before
 
 
 def test_against_origin_needs_a_config(tmp_path: Path) -> None:
