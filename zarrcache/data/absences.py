@@ -307,8 +307,9 @@ def check_lacking(
     if empty:
         raise ConfigError(
             f"{len(empty)} of {count} materials have no channel at all of input or label, so "
-            f"the grid that missing: zero would fill is unknown: {first_ids(empty)}. They are "
-            f"in {where}. Set missing: drop, or add total to density_type."
+            "the grid that missing: zero would fill is unknown (the other side's may differ): "
+            f"{first_ids(empty)}. They are in {where}. Set missing: drop, or add total to "
+            "density_type of that side."
         )
     total = density_array("total")
     damaged = [
