@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -484,7 +484,8 @@ class _Warmer:
     def __call__(self, density: Density, reserve: Reserve | None = None) -> WarmResult:
         # Once the cache is full, fetching would cost requests without storing anything.
         if self._bypassed_in_a_row >= _FULL_AFTER:
-            result, *_ = _compare(self._reader, *density)
+            result, _, listed_bytes = _compare(self._reader, *density)
+            result = replace(result, listed_bytes=listed_bytes)
             if result.outcome == "bypass" or result.is_absent:
                 self._drop(density)
             return result

@@ -45,6 +45,8 @@ class WarmResult:
         What is wrong with a density that was read.
     array : str
         Name of the array in the store.
+    listed_bytes : int
+        Size of its objects, if the cache was full and they were listed only.
     """
 
     task_id: str
@@ -57,6 +59,7 @@ class WarmResult:
     flaws: Flaws = SOUND
     array: str = ""
     is_absent: bool = False
+    listed_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -89,8 +92,8 @@ class WarmReport:
         Decoded bytes that are warm, and their bytes on disk. The decoded size of trusted densities
         is known to a multiple of 4096 bytes only, rounded up.
     needed_bytes : int
-        Bytes on disk of the whole cache if it held all ids, if densities that are not warm have
-        the mean size of the others, plus 5 %. 0 if none is warm.
+        Bytes on disk of the whole cache if it held all ids: an estimate, by the sizes of the
+        objects of those that were not read, plus 10 %. 0 if no size is known.
     is_disk_full : bool
         Something was not admitted although ``cache.limit`` has room for more: the file system is
         full, or ``cache.min_free`` is reached.
@@ -152,7 +155,7 @@ _UNTRIED, _HIT, _MISS, _BYPASS, _FAILED, _ABSENT = range(6)
 
 
 class Tally:
-    """Outcome and size of each density of a plan, in nine bytes: there may be 400,000.
+    """Outcome and size of each density of a plan, in 18 bytes: there may be 400,000.
 
     A plan has a density for each id and channel. Those that are neither ``untried`` nor ``absent``
     at the origin are warm, with the bytes on disk in ``stored``, by channel and task id.
@@ -171,7 +174,7 @@ class Tally:
         assert reader.cache_config is not None
         self._reader, self._task_ids, self._channels = reader, task_ids, channels
         self._limit_bytes = reader.cache_config.limit
-        encoding = reader.cache_config.arrays.encoding
+        self._encoding = encoding = reader.cache_config.arrays.encoding
         self._row = {task_id: number for number, task_id in enumerate(task_ids)}
         self._column = {tuple(one): number for number, one in enumerate(channels)}
         self._outcomes = np.full((len(task_ids), len(channels)), _HIT, np.uint8)
@@ -187,6 +190,7 @@ class Tally:
         self._nbytes = np.where(self._outcomes == _HIT, decoded, 0)
         self._failed: dict[tuple[int, int], WarmResult] = {}
         self._is_read = np.zeros(self._outcomes.shape, np.bool_)
+        self._listed_bytes = np.zeros(self._outcomes.shape, np.int64)
         self._flawed: dict[tuple[int, int], WarmResult] = {}
         #: Decoded bytes that are warm.
         self.nbytes = int(self._nbytes.sum())
@@ -205,6 +209,7 @@ class Tally:
         self._outcomes[at] = _OUTCOMES.index(result.outcome)
         self._nbytes[at] = result.nbytes
         self._is_read[at] = result.nbytes > 0
+        self._listed_bytes[at] = result.listed_bytes
         if result.outcome == "failed":
             self._failed[at] = result
         if result.flaws != SOUND:
@@ -230,14 +235,12 @@ class Tally:
         is_warm, is_tried = self._is_warm(), (self._outcomes != _UNTRIED).all(axis=1)
         is_done = is_warm | is_absent
         is_bypassed = (self._outcomes == _BYPASS).any(axis=1) & is_tried
-        needed_bytes, is_stored = 0, on_disk > 0
-        if is_stored.any():
-            others = int((~is_stored & ~is_absent).sum())
-            # 5 % for their attributes, and because a limit that is too small costs another run.
-            needed_bytes = volume_bytes + round(1.05 * others * float(on_disk[is_stored].mean()))
         # An entry has a page for its header, and ends in a page of its own.
         largest_bytes = int(self._nbytes.max(initial=0)) + 2 * BLOCK_BYTES
         has_room = volume_bytes + largest_bytes <= self._limit_bytes
+        needed_bytes = self._needed_bytes(on_disk, volume_bytes, stats.fetched_bytes)
+        if needed_bytes and is_bypassed.any() and not has_room:
+            needed_bytes = max(needed_bytes, self._limit_bytes + largest_bytes)
         return WarmReport(
             ids=int(kept.sum()),
             warm=int((is_done.all(axis=1) & kept).sum()),
@@ -272,6 +275,27 @@ class Tally:
         data, label = sizes.T
         rows = np.flatnonzero(np.minimum(data, label) * np.abs(data - label))
         return (self._task_ids[row] for row in rows)
+
+    def _needed_bytes(
+        self, on_disk: NDArray[np.int64], volume_bytes: int, fetched_bytes: int
+    ) -> int:
+        """Size of the whole cache if it held all densities; 0 if none was read."""
+        decoded = np.where(self._is_read & (on_disk == 0), self._nbytes, 0)
+        if fetched_bytes:
+            # By the ratio of those that were fetched. It is too large if peers have sent some.
+            is_fetched = self._is_read & np.isin(self._outcomes, (_MISS, _BYPASS))
+            ratio = self._nbytes[is_fetched].sum() / fetched_bytes
+            decoded = np.where(self._listed_bytes > 0, self._listed_bytes * ratio, decoded)
+        payload = decoded * expected_bytes(_POINTS, self._encoding) / _POINTS
+        pages = np.ceil(payload / BLOCK_BYTES) + 1
+        sizes = np.where(payload > 0, pages * BLOCK_BYTES, on_disk)
+        is_known = sizes > 0
+        if not is_known.any():
+            return 0
+        unknown = int((~is_known & (self._outcomes != _ABSENT)).sum())
+        others = float(sizes[on_disk == 0].sum() + unknown * sizes[is_known].mean())
+        # 10 % for attributes, and because a limit that is too small costs another run.
+        return volume_bytes + round(1.1 * others)
 
     def _is_warm(self) -> NDArray[np.bool_]:
         return np.isin(self._outcomes, (_HIT, _MISS))

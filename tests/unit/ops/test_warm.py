@@ -16,6 +16,7 @@ from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_evict, plan_warm
 from zarrcache._units import format_bytes, parse_bytes
 from zarrcache.cli.warm import format_warm_estimate, warm_errors, warm_notes
+from zarrcache.config import ArrayTierConfig
 from zarrcache.data.reader import open_reader
 from zarrcache.disk.entry import read_header
 from zarrcache.ops.status import read_status
@@ -274,15 +275,15 @@ def test_after_three_that_do_not_fit_the_rest_is_only_listed(
     assert (plan.execute().fresh, plan.reader.stats.misses) == (2, 3)
 
 
-def test_without_a_density_that_is_warm_no_size_is_advised(tmp_path: Path) -> None:
+def test_a_limit_below_any_density_gets_advice_too(tmp_path: Path) -> None:
+    """From the densities that were read."""
     write_pairs(tmp_path, 2)
     plan = plan_warm(DataConfig.from_yaml(write_config(tmp_path, limit=4096)))
     report = plan.execute()
-    assert (report.warm, report.disk_bytes, report.needed_bytes) == (0, 0, 0)
-    assert (
-        "is reached, and training will read what did not fit from the origin in every epoch. Raise "
-        "cache.limit" in warm_errors(plan, report)[0]
-    )
+    assert (report.warm, report.disk_bytes) == (0, 0)
+    assert report.needed_bytes > 4 * 4096
+    (error,) = warm_errors(plan, report)
+    assert f"about {format_bytes(report.needed_bytes)} on disk for all ids: raise" in error
 
 
 @pytest.mark.parametrize(("limit", "min_free"), [("256 KiB", 0), ("4 KiB", 0), ("1 GiB", "99.9 %")])
@@ -332,19 +333,27 @@ def test_of_many_densities_an_estimate_lists_a_sample(
     )
 
 
-def test_the_advised_limit_is_sufficient(config: DataConfig, tmp_path: Path) -> None:
-    """The extrapolation is rather too high than too low."""
-    for number in range(20):
+@pytest.mark.parametrize("limit_kib", [200, 1200, 6000, 7600])
+@pytest.mark.parametrize("encoding", ["float32", "float16"])
+def test_the_advised_limit_is_sufficient(
+    config: DataConfig, tmp_path: Path, limit_kib: int, encoding: str
+) -> None:
+    """However many densities fit, and although the largest ones do not."""
+    for number in range(10):
         for role in ("data", "label"):
             path = tmp_path / role / f"mp-{number}.zarr"
-            small_group(path, shape=(40 + number % 2, 30, 20), seed=number)
-    write_map(tmp_path, 20)
-    half = plan_warm(settings(config, limit=2**21), workers=1).execute()
-    assert 5 < half.warm < 15
-    advised = format_bytes(half.needed_bytes)
-    full = plan_warm(settings(config, limit=parse_bytes(advised)), workers=1).execute()
-    assert (full.warm, full.bypassed) == (20, ())
-    assert half.needed_bytes <= 1.1 * full.disk_bytes
+            small_group(path, shape=(40 + 16 * number, 30, 30), seed=number)
+    write_map(tmp_path, 10)
+    limit = limit_kib * (1024 if encoding == "float32" else 512)
+    cache = {"arrays": ArrayTierConfig(encoding=encoding)}
+    part = plan_warm(settings(config, limit=limit, **cache), workers=1).execute()
+    assert part.bypassed
+    assert not part.is_disk_full
+    assert part.needed_bytes > limit
+    advised = parse_bytes(format_bytes(part.needed_bytes))
+    full = plan_warm(settings(config, limit=advised, **cache), workers=1).execute()
+    assert (full.warm, full.bypassed) == (10, ())
+    assert advised < 1.3 * full.disk_bytes
 
 
 def test_an_evicted_density_is_not_reported_as_warm(tmp_path: Path) -> None:
