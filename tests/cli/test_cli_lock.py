@@ -136,6 +136,7 @@ def test_another_split_file_is_refused_before_the_training(locked: Path, tmp_pat
     assert len(open_reader(yaml.safe_load(without.read_text())).split_task_ids()[0]) == 3
     config = yaml.safe_load(locked.read_text())
     locked.write_text(yaml.safe_dump(config | {"split_file": str(split)}))
+    (tmp_path / "data.lock").unlink()
     assert zarrcache("lock", locked, "-o", tmp_path / "data.lock").code == 0
     assert zarrcache("diff", tmp_path / "data.lock", locked).code == 0
     for path in (split, same):
@@ -184,6 +185,14 @@ def test_a_lock_is_compressed_and_the_same_data_gives_the_same_file(
     assert one.read_bytes() == other.read_bytes()
     assert gzip.decompress(one.read_bytes()) == (tmp_path / "data.lock").read_bytes()
     assert zarrcache("diff", one, tmp_path / "data.lock").code == 0
+
+
+def test_a_config_before_the_lock_is_named(locked: Path, tmp_path: Path) -> None:
+    """Its error does not say to write a lock there."""
+    for second in (tmp_path / "data.lock", locked):
+        done = zarrcache("diff", locked, second)
+        assert (done.code, done.out) == (2, "")
+        assert "train.yaml is a config. The lock file goes first: LOCK CONFIG." in done.err
 
 
 def no_json(path: Path) -> None:

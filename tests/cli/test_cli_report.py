@@ -147,7 +147,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_work(
         ("/nowhere/r.html", "No such file or directory"),
         (tmp_path / ("a" * 300), "File name too long"),
         (tmp_path, "Is a directory"),
-        (config, "is the config"),
+        (config, "exists and is not an HTML page"),
         (config / "r.html", "Not a directory"),
     ):
         done = zarrcache("report", config, "-o", page)

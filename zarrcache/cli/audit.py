@@ -12,6 +12,7 @@ from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, say, say_refusal, show, show_json
 from zarrcache.cli.format import count, plural
 from zarrcache.cli.options import (
+    PAGE,
     Config,
     Ids,
     Json,
@@ -48,7 +49,7 @@ def audit(
 
     source = data_config(config, needs_cache=False)
     if html is not None:
-        check_output(html, config)
+        check_output(html, *PAGE)
     with Meter("Auditing", "pairs", 0) as meter:
         report = ops.audit(source, ids=read_ids(ids), progress=meter.reach)
     if html is not None:

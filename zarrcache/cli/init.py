@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from zarrcache.cli.app import command, say, show
-from zarrcache.cli.options import output_file, write_output
+from zarrcache.cli.options import check_output, output_file, write_output
 from zarrcache.errors import ConfigError
 
 __all__ = ["init", "schema"]
@@ -50,8 +50,9 @@ def init(
     from zarrcache.config import DataConfig
     from zarrcache.ops import filled_in, key_comments, sample
 
-    if os.path.exists(path) and not force:
+    if os.path.isfile(path) and not force:
         raise ConfigError(f"{path} exists. Give another name, or --force to replace it.")
+    check_output(path, "a config", b"")
     text = sample()
     values = {
         "data_dir": data_dir,
@@ -101,6 +102,7 @@ def schema(
     if output is None:
         show(text)
         return 0
+    check_output(output, "a JSON schema", b'{\n  "$schema"')
     write_output(output, text + "\n")
     say(
         f"wrote {output}. As the first line of a config: "

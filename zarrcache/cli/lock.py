@@ -10,6 +10,7 @@ import typer
 from zarrcache.cli.app import command, say, show, show_json
 from zarrcache.cli.format import plural
 from zarrcache.cli.options import Config, Json, check_output, data_config, output_file
+from zarrcache.errors import ConfigError
 
 if TYPE_CHECKING:
     from zarrcache.data import DataLock
@@ -27,9 +28,10 @@ def lock(
     """Write a lock: ids and digests of all values of CONFIG.
 
     Reads every density through the cache. `cache.lock: FILE` then refuses to train on other data.
+    A lock of other settings is not replaced.
     """
-    check_output(output, config)
-    made = _of_config(config)
+    check_output(output, "a lock file", b'{"zarrcache_lock"')
+    made = _of_config(config, output)
     made.save(output)
     say(f"wrote {output}: {plural(len(made.densities), 'material')}")
     return 0
@@ -49,9 +51,10 @@ def diff(
     """
     from zarrcache.data import DataLock, differences
 
+    if _is_config(first):
+        raise ConfigError(f"{first} is a config. The lock file goes first: LOCK CONFIG.")
     one = DataLock.load(first)
-    is_config = second.suffix.lower() in (".yaml", ".yml")
-    other = _of_config(second) if is_config else DataLock.load(second)
+    other = _of_config(second) if _is_config(second) else DataLock.load(second)
     found = list(differences(one, other))
     if as_json:
         show_json({"materials": len(one.densities), "differences": found})
@@ -65,10 +68,14 @@ def diff(
     return int(bool(found))
 
 
-def _of_config(path: Path) -> DataLock:
+def _is_config(path: Path) -> bool:
+    return path.suffix.lower() in (".yaml", ".yml")
+
+
+def _of_config(path: Path, output: Path | None = None) -> DataLock:
     from zarrcache.cli.progress import Meter
     from zarrcache.ops import make_lock
 
     config = data_config(path, needs_cache=False)
     with Meter("Reading", "densities", 0) as meter:
-        return make_lock(config, progress=meter.reach)
+        return make_lock(config, output, progress=meter.reach)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 N = TypeVar("N", int, float)
 
 __all__ = [
+    "PAGE",
     "Anonymous",
     "Config",
     "Dask",
@@ -37,6 +39,7 @@ __all__ = [
     "S3Config",
     "S3Kwargs",
     "cache_source",
+    "check_output",
     "chunk_sizes",
     "data_config",
     "nbytes",
@@ -47,7 +50,11 @@ __all__ = [
     "s3_options",
     "seconds",
     "whole",
+    "write_output",
 ]
+
+#: The kind of file of `check_output`, and how it begins.
+PAGE = "an HTML page", b"<!doctype html>"
 
 
 def _parser(parse: Callable[[str], N]) -> Callable[[str], N]:
@@ -200,18 +207,29 @@ def unwritable(path: Path, exc: OSError) -> ConfigError:
     )
 
 
-def check_output(path: Path, config: Path) -> None:
-    """Refuse a file that cannot be written, or that is the config, before minutes of work."""
+def check_output(path: Path, what: str, begins: bytes) -> None:
+    """Refuse, before minutes of work, a file that cannot be written or that is of another kind.
+
+    A command replaces only a file like those that it writes, which begin with ``begins``: not a
+    density or a config.
+    """
     try:
         is_new = not path.exists()
-        if not is_new and path.samefile(config):
-            raise ConfigError(f"{path} is the config. Give another file to write.")
-        with path.open("a", encoding="utf-8"):
+        with path.open("ab"):
             pass
         if is_new:
             path.unlink()
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            head = file.read(1000)
     except OSError as exc:
         raise unwritable(path, exc) from exc
+    if path.suffix == ".gz":
+        with suppress(zlib.error):
+            head = zlib.decompressobj(wbits=31).decompress(head)
+    if head and not head.startswith(begins):
+        raise ConfigError(f"{path} exists and is not {what}. Give another file, or remove it.")
 
 
 def write_output(path: Path, content: str | bytes) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from zarrcache.cli.app import command, say
-from zarrcache.cli.options import Config, data_config, output_file, write_output
+from zarrcache.cli.options import Config, check_output, data_config, output_file, write_output
 from zarrcache.errors import ConfigError
 
 __all__ = ["plot"]
@@ -50,8 +50,10 @@ def plot(
     from zarrcache.registry import open_reader
 
     shares = _shares(at)
-    if output is not None and output.suffix.lower() != ".png":
-        raise ConfigError(f"{output} does not end in .png, the only format of pictures.")
+    if output is not None:
+        if output.suffix.lower() != ".png":
+            raise ConfigError(f"{output} does not end in .png, the only format of pictures.")
+        check_output(output, "a PNG picture", b"\x89PNG")
     reader = open_reader(data_config(config, needs_cache=False))
     grids = []
     for role in ("data", "label"):

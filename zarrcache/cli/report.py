@@ -8,6 +8,7 @@ from typing import Annotated
 
 from zarrcache.cli.app import command, say
 from zarrcache.cli.options import (
+    PAGE,
     Config,
     check_output,
     data_config,
@@ -37,7 +38,7 @@ def report(
     from zarrcache.config import cache_of
 
     source = data_config(config)
-    check_output(output, config)
+    check_output(output, *PAGE)
     recorded = ops.read_runs(cache_of(source))
     for note in recorded.notes:
         say(f"warning: {note}")

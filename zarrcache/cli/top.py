@@ -13,7 +13,7 @@ import typer
 from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, show, show_json
 from zarrcache.cli.format import count, plural
-from zarrcache.cli.options import Directory, Json, OptionalConfig, cache_source
+from zarrcache.cli.options import Directory, Json, OptionalConfig, cache_source, check_output
 from zarrcache.errors import ConfigError
 from zarrcache.parallel import Terminated
 
@@ -66,6 +66,7 @@ def _keep(path: Path, monitor: Monitor, interval_s: float, *, once: bool) -> Non
 
     if path.suffix != ".prom":
         raise ConfigError(f"{path} does not end in .prom, without which node_exporter ignores it.")
+    check_output(path, "a file of metrics", b"# HELP zarrcache_")
     # node_exporter never sees half of the file.
     write_file(path, exposition(monitor))
     while not once:

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -111,9 +112,10 @@ class DataLock:
             raise ConfigError(
                 f"{where} cannot be read ({reason}). `zarrcache lock` writes one."
             ) from exc
-        except (ValueError, EOFError) as exc:
+        except (ValueError, EOFError, zlib.error) as exc:
             raise ConfigError(
-                f"{where} is not whole JSON ({exc}). Write it again with `zarrcache lock`."
+                f"{where} is not whole JSON ({exc}). If it was a lock file, write it again with "
+                "`zarrcache lock`."
             ) from exc
         version = document.get("zarrcache_lock") if isinstance(document, dict) else None
         if version is None:

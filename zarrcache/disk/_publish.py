@@ -131,11 +131,17 @@ def write_all(file: FileIO, buffer: memoryview) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file of the user's, completely or not at all, or say why it cannot be written."""
+    """Write a file of the user's, completely or not at all, or say why it cannot be written.
+
+    A device or a pipe is written to, not replaced.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        beside.write_bytes(content)
-        beside.replace(path)
+        if os.path.exists(path) and not path.is_file():
+            path.write_bytes(content)
+        else:
+            beside.write_bytes(content)
+            beside.replace(path)
     except OSError as exc:
         with contextlib.suppress(OSError):
             beside.unlink()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,25 +17,40 @@ from zarrcache.data import (
     LockedDensity,
     ZarrS3Reader,
     crc_of,
+    differences,
     digest_of,
     open_reader,
 )
+from zarrcache.errors import ConfigError
 from zarrcache.ops.selection import all_pairs, concurrently, stored_header
 
 __all__ = ["make_lock"]
 
 
 def make_lock(
-    config: DataConfig, *, progress: Callable[[int, int], object] | None = None
+    config: DataConfig,
+    output: Path | None = None,
+    *,
+    progress: Callable[[int, int], object] | None = None,
 ) -> DataLock:
     """Read every density of a config, and return its lock. ``cache.lock`` is ignored.
 
     ``progress`` gets the number of densities read so far, and of all.
+
+    Raises
+    ------
+    ConfigError
+        ``output``, where the lock will be written, is a lock of other settings.
     """
     if config.cache is not None:
         config = config.model_copy(update={"cache": config.cache.model_copy(update={"lock": None})})
     reader = open_reader(config)
     ids = reader.with_channels(all_pairs(reader))
+    settings = reader.lock_settings
+    if reader.split_file is not None:
+        settings["split_file"] = digest_of(reader.split_of_file(reader.split_file))
+    if output is not None:
+        _refuse_other_settings(output, settings)
     wanted = [(task_id, channel) for task_id in ids for channel in reader.reads]
 
     def locked(one: tuple[str, Channel]) -> LockedDensity | None:
@@ -56,10 +73,18 @@ def make_lock(
             of_material = densities.setdefault(task_id, {})
             if density is not None:
                 of_material[reader.locked_as(*channel)] = density
-    settings = reader.lock_settings
-    if reader.split_file is not None:
-        settings["split_file"] = digest_of(reader.split_of_file(reader.split_file))
     return DataLock(settings, densities)
+
+
+def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
+    try:
+        before = DataLock.load(path).settings
+    except ConfigError:  # absent, cut off or of another version
+        return
+    for difference in differences(DataLock(before, {}), DataLock(settings, {})):
+        raise ConfigError(
+            f"{path} is a lock of other settings ({difference}). Give another file, or remove it."
+        )
 
 
 def _source(reader: ZarrS3Reader, task_id: str, channel: Channel) -> str:

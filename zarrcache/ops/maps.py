@@ -96,8 +96,8 @@ def write_map(path: Path, functional: str, ids: Sequence[str], *, force: bool = 
     """
     if not functional.strip():
         raise ConfigError("the name of the functional is empty. Give one, for example GGA.")
-    # os.path.exists: a name that is too long is an error when it is written.
-    document: dict[str, Sequence[str]] = dict(read_map(path)) if os.path.exists(path) else {}
+    # A name that is too long, or a directory, is an error when it is written.
+    document: dict[str, Sequence[str]] = dict(read_map(path)) if os.path.isfile(path) else {}
     if functional in document and not force:
         raise ConfigError(
             f"{path} has {counted(len(document[functional]), 'id')} of {functional}. Give --force "

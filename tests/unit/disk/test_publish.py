@@ -22,6 +22,7 @@ from zarrcache.disk._publish import (
     published_name,
     sweep_hidden,
     write_all,
+    write_file,
 )
 from zarrcache.errors import IncompleteArrayError
 
@@ -126,6 +127,20 @@ def owner_of_a_child(*, keep: bool) -> tuple[subprocess.Popen[str], str]:
     if not keep:
         child.communicate("\n")
     return child, owner
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    """Renaming a file to the name of a device would replace the device."""
+    pipe = tmp_path / "a.prom"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_file(pipe, b"values")
+        assert os.read(reading, 10) == b"values"
+    finally:
+        os.close(reading)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 def test_living_process_is_not_dead() -> None:
