@@ -549,6 +549,28 @@ _CACHES = [
 ]
 
 
+@pytest.mark.parametrize("reads_points", [False, True])
+@pytest.mark.parametrize("cache", [{}, {"limit": "4 KiB"}, {"arrays": {"enabled": False}}])
+def test_a_sample_that_is_read_again_has_the_lattice_of_its_density(
+    stores: Path, tmp_path: Path, cache: Any, reads_points: bool
+) -> None:
+    """Although the store was converted again, and the density is not cached."""
+    from zarrcache import Probes, ZarrDataset
+
+    (tmp_path / "map.json").write_text('{"GGA": ["mp-1"]}')
+    reader = make_reader(tmp_path, stores, cache=cache, train_fraction=1.0)
+    transform = Probes(3) if reads_points else None
+    dataset = ZarrDataset(reader, augmentation=False, structure=True, transform=transform)
+    for version in (1, 2, 3):
+        _write(stores, version)
+        if reader.cache.arrays is not None:
+            reader.cache.arrays.drop(reader.key("mp-1", "data"))
+        reader.cache.forget_listing(reader.origin("data"), "mp-1.zarr")
+        sample = dataset[0]
+        assert sample["data"].ravel()[0] == version
+        assert sample["structure"]["lattice"]["matrix"][0][0] == version
+
+
 @pytest.mark.parametrize("cache", _CACHES)
 @pytest.mark.parametrize("is_pickled", [False, True])
 def test_density_and_metadata_of_one_open_store_are_of_one_version(

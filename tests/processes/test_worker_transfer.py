@@ -22,7 +22,16 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from zarrcache import Probes, RandomCrop, RhoData, ZarrDataset, ZarrS3Reader, collate
+from tests.support.stores import STRUCTURE
+from zarrcache import (
+    Probes,
+    RandomCrop,
+    RhoData,
+    ZarrDataset,
+    ZarrS3Reader,
+    collate,
+    plan_warm,
+)
 from zarrcache.errors import SchemaError
 from zarrcache.train.worker_transfer import MappedTensor, _collate
 
@@ -393,9 +402,36 @@ def test_an_entry_evicted_on_its_way_is_read_again(
     assert (reader.stats - before).misses > 0  # in this process, because the entries were evicted
 
 
-def evicted_on_their_way(reader: ZarrS3Reader, loader: DataLoader[Any], n: int) -> list[Any]:
+def test_a_store_that_changes_on_the_way_of_a_sample_does_not_mix_versions(
+    tmp_path: Path, small_group: Callable[..., Any], make_reader: Callable[..., ZarrS3Reader]
+) -> None:
+    """The structure was sent, and a density that is read again is a newer one."""
+
+    def write(version: int) -> None:
+        structure = json.loads(json.dumps(STRUCTURE).replace("3.8", f"{version}.0"))
+        values = np.full((4, 4, 4), version, np.float32)
+        for id_ in ("mp-1", "mp-2"):
+            path = f"data/{id_}.zarr"
+            small_group(path, {"charge_density_total": values}, attrs={"structure": structure})
+
+    (tmp_path / "map.json").write_text('{"GGA": ["mp-1", "mp-2"]}')
+    write(1)
+    reader = make_reader(cache={}, label_dir=tmp_path / "data")
+    plan_warm(reader, workers=1).execute()
+    dataset = ZarrDataset(reader, "all", augmentation=False, structure=True)
+    loader = loader_of(dataset, prefetch_factor=2)
+    for sample in evicted_on_their_way(reader, loader, 2, then=lambda: write(2)):
+        assert sample["data"].ravel()[0] == sample["structure"]["lattice"]["matrix"][0][0] == 1
+
+
+def evicted_on_their_way(
+    reader: ZarrS3Reader,
+    loader: DataLoader[Any],
+    n: int,
+    then: Callable[[], object] = lambda: None,
+) -> list[Any]:
     """All samples of a loader that prefetches, with everything evicted before the first one is
-    read.
+    read, and ``then`` called.
     """
     before = reader.stats
     arriving = iter(loader)
@@ -411,6 +447,7 @@ def evicted_on_their_way(reader: ZarrS3Reader, loader: DataLoader[Any], n: int) 
             if not row.note.endswith("\n")
         ]
     )
+    then()
     return list(arriving)
 
 

@@ -146,6 +146,9 @@ class Sample(TypedDict):
 class _PairDataset(Sender):
     """Reads two grids per sample and converts them to tensors."""
 
+    #: Gives the structure of a sample by its name.
+    _structure_of: Callable[[str], Mapping[str, Any]] | None = None
+
     def __init__(self, to_tensors: PairToTensors, transform: Transforms | None) -> None:
         super().__init__()
         self._to_tensors = to_tensors
@@ -200,11 +203,17 @@ class _PairDataset(Sender):
         if rotation is not None:
             # A tuple: Lightning refuses frozen dataclasses in a batch.
             rest = {**rest, "rotation": (rotation.axis, rotation.turns)}
-        sample = {
-            "data": self.for_transfer(data, data_grid, i, 0),
-            "label": self.for_transfer(label, label_grid, i, 1),
-            **rest,
-        }
+        if self._structure_of is not None:  # after the density: it is of the version read last
+            rest = {**rest, "structure": self._structure(name)}
+        if self._structure_of is not None:
+            # Copied: a grid that has to be read again may be of a newer version.
+            sample = {"data": in_pages(data), "label": in_pages(label), **rest}
+        else:
+            sample = {
+                "data": self.for_transfer(data, data_grid, i, 0),
+                "label": self.for_transfer(label, label_grid, i, 1),
+                **rest,
+            }
         return self._apply(sample, name)
 
     def _apply(self, sample: dict[str, Any], name: str) -> dict[str, Any]:
@@ -229,6 +238,8 @@ class _PairDataset(Sender):
         reason = self._to_tensors.misfit(selection, *(grid.shape[-3:] for grid in grids))
         if reason is not None:
             raise SchemaError(f"{name}: {reason}. {_LEAVE_OUT}")
+        if self._structure_of is not None:  # after the density, as above
+            rest = {**rest, "structure": self._structure(name)}
         pair, rng = self._to_tensors.views(*grids, i, name=name, structure=rest.get("structure"))
         found: Any = selection.select(pair, rng)
         if not isinstance(found, Mapping) or not {*ROLES} <= found.keys():
@@ -244,6 +255,10 @@ class _PairDataset(Sender):
             for key, value in found.items()
         }
         return {key: in_pages(value) for key, value in tensors.items()} | rest
+
+    def _structure(self, task_id: str) -> Structure:
+        assert self._structure_of is not None
+        return Structure(self._structure_of(task_id))
 
     def _open(self, i: int, field: int) -> LazyGrid | LazyStack:
         """One side of a sample, of which only what is used will be read."""
@@ -524,7 +539,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         )
         self.reader = reader
         self.split = split
-        self._structure_of: Callable[[str], Mapping[str, Any]] | None = structure_of
+        self._structure_of = structure_of
         if isinstance(split, str):
             split = _ids_of(reader, split)
         elif decide := getattr(reader, "with_channels", None):
@@ -571,10 +586,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         """
         i = _position(index, len(self))
         task_id = self.task_ids[i]
-        if self._structure_of is None:
-            return cast(Sample, self._sample(i, task_id, index=task_id))
-        structure = Structure(self._structure_of(task_id))
-        return cast(Sample, self._sample(i, task_id, index=task_id, structure=structure))
+        return cast(Sample, self._sample(i, task_id, index=task_id))
 
     def augment(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Rotate, downsample and cast samples of ``augment_on="device"`` where they lie.
