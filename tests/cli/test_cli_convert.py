@@ -226,8 +226,8 @@ def test_a_file_without_an_id_is_named_by_a_dry_run_too(files: Path, tmp_path: P
         assert "gives no task id (id_from is" in done.err
 
 
-def test_a_potential_named_like_a_density_is_refused(files: Path, tmp_path: Path) -> None:
-    """Under its own name it is converted, with a warning."""
+def test_a_potential_is_refused_however_it_is_given(files: Path, tmp_path: Path) -> None:
+    """Under the name of a density in a directory; under its own with a pattern, or as the file."""
     (files / "CHGCAR_mp-9").unlink()
     first, second = sorted(files.iterdir())
     lines = first.read_text().splitlines()
@@ -238,13 +238,13 @@ def test_a_potential_named_like_a_density_is_refused(files: Path, tmp_path: Path
     done = zarrcache("convert", files, tmp_path / "out")
     assert (done.code, done.out.startswith("Converted 1 of 2 files")) == (1, True)
     assert f"failed: {second}: mean(total) is -" in done.err
-    done = zarrcache("convert", files, tmp_path / "out", "--pattern", "LOCPOT")
-    assert (done.code, done.out.startswith("Converted 1 of 1 file")) == (0, True)
-    assert "this looks like a potential" in done.err
-    # A reader takes a stated number below zero for a mistake.
-    store = tmp_path / "out" / f"{files.name}.zarr"
-    assert "electrons" not in (store / ".zattrs").read_text()
-    assert "electrons" in (tmp_path / "out" / f"{first.stem}.zarr" / ".zattrs").read_text()
+    for given in ((files, "--pattern", "LOCPOT"), (files / "LOCPOT",)):
+        source, *options = given
+        done = zarrcache("convert", source, tmp_path / "out", *options)
+        assert (done.code, done.out.startswith("Converted 0 of 1 file")) == (1, True)
+        assert f"failed: {files / 'LOCPOT'}: its name is that of a potential (LOCPOT)" in done.err
+        assert "Convert the CHGCAR of that calculation" in done.err
+    assert [path.name for path in (tmp_path / "out").glob("*.zarr")] == [f"{first.stem}.zarr"]
 
 
 @pytest.mark.parametrize("name", ["a-locpot.CHGCAR", "CHGCAR_LOCPOT", "LOCPOT.CHGCAR"])

@@ -24,7 +24,8 @@ __all__ = ["ChargeDensity", "check_blocks", "read_density"]
 #: Largest distance of ``mean(total)`` from a whole number. 36 of 36 labels of the Materials Project
 #: are within 1e-4.
 _ELECTRON_TOLERANCE = 1e-3
-#: Names of potentials: converted with a warning, unless the file is also named like a density.
+#: Names of potentials, unless the file is also named like a density: then its values decide, as in
+#: readers. By name too, because the mean of a Hartree potential (LVHAR) is about zero.
 _POTENTIAL = re.compile("LOCPOT", re.IGNORECASE)
 
 
@@ -84,7 +85,7 @@ def read_density(
     diff : bool
         Also read the spin density, if there is one.
     strict : bool
-        Check the values of a charge density. False for other volumetric data, such as an ELFCAR.
+        Check that it is a charge density. False for other volumetric data: a LOCPOT, an ELFCAR.
     formats : sequence of InputFormat, optional
         Default: those that are registered in this process.
     task_id : str, optional
@@ -98,14 +99,16 @@ def read_density(
     Raises
     ------
     SchemaError
-        Not a volumetric file, cut short, not 3-D, or with NaN or infinity; or ``units`` is
-        ``volume`` and the lattice has none.
+        Not a volumetric file, cut short, not 3-D, or with NaN or infinity; with ``strict``, a
+        potential; or ``units`` is ``volume`` and the lattice has none.
     ConfigError
         pymatgen is not installed.
     OSError
         The file cannot be opened.
     """
     task_id = task_id or task_id_of(path)
+    if strict and _POTENTIAL.search(path.name) and not is_density_name(path.name):
+        raise _no_density(path, "its name is that of a potential (LOCPOT), not of a density")
     parsed = _parse(path, format_of(path.name, formats).read)
     wanted = {"total": parsed.blocks["total"]}
     collinear = "diff" in parsed.blocks and "diff_x" not in parsed.blocks
@@ -123,13 +126,8 @@ def read_density(
         )
     notes = list(parsed.notes)
     if strict:
-        electrons = float(parsed.blocks["total"].mean())
-        is_named_so = _POTENTIAL.search(path.name) and not is_density_name(path.name)
-        if (why := no_density(electrons)) and not is_named_so:
-            raise SchemaError(
-                f"{path}: {why}. To convert it nevertheless, rename it to LOCPOT and choose it "
-                "with --pattern."
-            )
+        if why := no_density(float(parsed.blocks["total"].mean())):
+            raise _no_density(path, why)
         notes += check_blocks(parsed.blocks, _protons(parsed.structure), len(parsed.structure))
         if diff and "diff" not in parsed.blocks:
             notes.append("has no spin density (one block): only charge_density_total is written.")
@@ -162,9 +160,7 @@ def check_blocks(
     notes = []
     electrons = float(blocks["total"].mean())
     nearest = round(electrons)
-    if why := no_density(electrons):
-        notes.append(f"{why}.")
-    elif electrons < 0.9 * atoms:
+    if electrons < 0.9 * atoms:
         notes.append(
             f"mean(total) is {electrons:.4g} electrons for {atoms} atoms: not VASP's convention "
             "(density times cell volume); "
@@ -191,6 +187,13 @@ def check_blocks(
                 "density looks wrong."
             )
     return notes
+
+
+def _no_density(path: Path, why: str) -> SchemaError:
+    return SchemaError(
+        f"{path}: {why}. Convert the CHGCAR of that calculation; in Python, strict=False converts "
+        "other volumetric data."
+    )
 
 
 def _parse(path: Path, read: Callable[[Path], RawDensity]) -> RawDensity:

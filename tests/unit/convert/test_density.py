@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.chgcars import write_chgcar
 from tests.support.stores import STRUCTURE
 from zarrcache.convert.density import check_blocks, read_density
 from zarrcache.demo.synthetic import make_pair, write_pairs
@@ -101,12 +102,27 @@ def test_of_a_non_collinear_density_the_total_is_kept_and_the_rest_is_named(
     )
 
 
-def test_a_potential_is_told_from_a_density(real_data: Path) -> None:
-    """Its mean is not a number of electrons; without the checks there is no warning."""
+def test_a_potential_is_told_from_a_density(real_data: Path, tmp_path: Path) -> None:
+    """By its name, and under that of a density by its mean. Without the checks it is read."""
     path = real_data / "vasp" / "Li_LOCPOT.gz"
-    (warning,) = read_density(path).warnings
-    assert "potential (LOCPOT), not a density" in warning
-    assert read_density(path, strict=False).warnings == ()
+    with pytest.raises(SchemaError, match=r"Li_LOCPOT\.gz: its name is that of a potential"):
+        read_density(path)
+    density = read_density(path, strict=False)
+    assert density.warnings == ()
+    assert "electrons" not in density.metadata  # readers refuse a store that states one below zero
+    renamed = tmp_path / "mp-1.CHGCAR.gz"
+    renamed.write_bytes(path.read_bytes())
+    with pytest.raises(SchemaError, match=r"mp-1.*looks like a potential \(LOCPOT\).*strict=False"):
+        read_density(renamed)
+
+
+def test_a_potential_with_a_mean_above_zero_is_refused_by_its_name(tmp_path: Path) -> None:
+    """The mean of a Hartree potential is about zero."""
+    path = tmp_path / "Li_LOCPOT"
+    write_chgcar(path, (4, 3, 2), 1)
+    with pytest.raises(SchemaError, match="its name is that of a potential"):
+        read_density(path)
+    assert read_density(path, strict=False).electrons > 0
 
 
 def test_a_heading_of_occupancies_without_their_number_is_refused(real_data: Path) -> None:
@@ -309,7 +325,6 @@ def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> N
     ("total", "words"),
     [
         (14.3, "not a whole number of electrons"),
-        (-3.0, "looks like a potential"),
         (0.01, "not VASP's convention"),
         (60.0, "more than the 28 protons"),
         (8.0, None),
