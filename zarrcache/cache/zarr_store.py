@@ -40,6 +40,7 @@ from zarrcache.errors import (
     OriginError,
     OriginNotFoundError,
     SchemaError,
+    ZarrCacheError,
 )
 from zarrcache.origin import Origin
 from zarrcache.stats import Counters
@@ -439,9 +440,9 @@ def open_group(
     Raises
     ------
     ConfigError, SchemaError
-        As :func:`open_store`.
+        As :func:`open_store`; ``SchemaError`` also if zarr cannot open the store.
     OriginNotFoundError
-        There is no such store (a ``FileNotFoundError``).
+        There is no such store, or it holds no group (a ``FileNotFoundError``).
     """
     return group_of(open_store(url, s3_kwargs=s3_kwargs, cache=cache))
 
@@ -450,7 +451,17 @@ def group_of(store: CachedStore) -> zarr.Group:
     """The root group of a store."""
     if store.known is None and not store.sizes():
         raise OriginNotFoundError(f"{store.url} does not exist or is empty.")
-    return zarr.open_group(store, mode="r")
+    try:
+        return zarr.open_group(store, mode="r")
+    except ZarrCacheError:
+        raise
+    except FileNotFoundError as exc:
+        raise OriginNotFoundError(f"{store.url} holds no Zarr group ({exc}).") from exc
+    except (ValueError, TypeError, LookupError, AttributeError) as exc:  # of its JSON documents
+        raise SchemaError(
+            f"{store.url} cannot be opened by zarr ({type(exc).__name__}: {exc}). Convert the "
+            "store again."
+        ) from exc
 
 
 def _clean(url: str | os.PathLike[str]) -> str:

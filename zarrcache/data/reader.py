@@ -756,6 +756,8 @@ class ZarrS3Reader(PairReader):
         ------
         OriginNotFoundError
             There is no such store (a ``FileNotFoundError``).
+        SchemaError
+            zarr cannot open it.
         """
         from zarrcache.cache import group_of, store_at
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from zarrcache import (
     ZarrDataset,
     ZarrS3Reader,
 )
+from zarrcache.cache import open_group
+from zarrcache.errors import OriginNotFoundError
 from zarrcache.ops.verify import verify
 
 ARRAY = "charge_density_total"
@@ -347,3 +350,30 @@ def test_grid_smaller_than_the_factor_is_named() -> None:
     dataset = RhoData([values], [values], [(1, 5, 3)], [(1, 5, 3)], downsample_data=2)
     with pytest.raises(SchemaError, match=r"a grid of .* points is empty after cropping"):
         _ = dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [
+        (".zmetadata", b'{"metadata": '),
+        (".zmetadata", b"[]"),
+        (".zattrs", b"{"),
+        (".zgroup", b"[]"),
+        (".zgroup", None),
+    ],
+)
+def test_store_whose_documents_are_damaged_is_not_opened(
+    tmp_path: Path, name: str, document: bytes | None
+) -> None:
+    path = tmp_path / "mp-1.zarr"
+    small_group(path, consolidated=True)
+    if document is None:
+        (path / ".zmetadata").unlink()
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes(document)
+    error = OriginNotFoundError if document is None else SchemaError
+    with pytest.raises(error, match=re.escape(str(path))):
+        make_reader(tmp_path, tmp_path, cache={}).read_zarr_store(path)
+    with pytest.raises(error, match=re.escape(str(path))):
+        open_group(path)
