@@ -70,6 +70,7 @@ def evict(
     Further options narrow the choice. Only <cache.dir>/zarrcache-v1/ is touched.
     """
     from zarrcache.cli.progress import Meter
+    from zarrcache.data import first_ids
     from zarrcache.ops import plan_evict
 
     plan = plan_evict(
@@ -80,6 +81,8 @@ def evict(
         stale=stale,
         everything=everything,
     )
+    if plan.absent:
+        say(f"nothing is cached of {plural(len(plan.absent), 'id')}: {first_ids(plan.absent)}")
     entries = plural(len(plan.entries), "entry", "entries")
     of = "every config" if everything else config
     what = (

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from zarrcache.arrays import stem_of
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import LISTING, Index, Row, choose_victims
 from zarrcache.errors import ConfigError
@@ -27,11 +28,14 @@ class EvictPlan:
         Entries of both tiers, oldest first.
     directory : Path
         Root of the cache.
+    absent : tuple of str
+        The given ids of which nothing is cached.
     """
 
     entries: tuple[Row, ...]
     directory: Path
     index: Index | None = field(repr=False)
+    absent: tuple[str, ...] = ()
 
     @property
     def disk_bytes(self) -> int:
@@ -122,15 +126,17 @@ def plan_evict(
         raise ConfigError("ids and all exclude each other. Give one of them.")
     selection, index = select(config, ids)
     if not open_if_present(index):
-        return EvictPlan((), index.dir.parent, None)
-    rows = list(index.rows())
+        return EvictPlan((), index.dir.parent, None, tuple(ids or ()))
+    rows, cached = list(index.rows()), set()
     if selection is not None and not everything:
-        rows = [
-            row
-            for row in rows
-            if selection.store_of(row) is not None
-            or (selection.is_whole and selection.is_directory(row))
-        ]
+        every, rows = rows, []
+        for row in every:
+            if (found := selection.store_of(row)) is not None:
+                cached.add(stem_of(found[1]))
+                rows.append(row)
+            elif selection.is_whole and selection.is_directory(row):
+                rows.append(row)
+    absent = tuple(task_id for task_id in ids or () if task_id not in cached)
     if stale or older_than_s is not None or target_bytes is not None:
         # A stored listing takes few bytes, and without it no training starts offline: it is
         # dropped only together with everything else.
@@ -145,4 +151,4 @@ def plan_evict(
         sizes = ((row.digest, row.size_bytes) for row in rows)
         victims = set(choose_victims(sizes, index.volume_bytes() - target_bytes))
         rows = [row for row in rows if row.digest in victims]
-    return EvictPlan(tuple(rows), index.dir.parent, index)
+    return EvictPlan(tuple(rows), index.dir.parent, index, absent)

@@ -76,8 +76,9 @@ def test_entries_that_were_stored_again_since_the_plan_are_kept(
 
 
 def test_ids_select_their_stores_in_both_tiers(warm: DataConfig, tmp_path: Path) -> None:
-    """Listings are not selected."""
+    """Listings are not selected; an id without entries is named."""
     plan = plan_evict(warm, ids=["mp-1", "mp-unheard-of"])
+    assert plan.absent == ("mp-unheard-of",)
     assert stores(plan.entries, tmp_path) == {"data/mp-1", "label/mp-1"}
     assert any(row.kind == "object" for row in plan.entries)
     plan.execute()
