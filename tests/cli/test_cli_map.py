@@ -89,6 +89,14 @@ def test_what_cannot_be_mapped_is_an_error_and_writes_nothing(
     assert not list(tmp_path.rglob("*map*"))
 
 
+def test_an_error_about_s3_kwargs_names_the_option(tmp_path: Path) -> None:
+    """The command has no config, where the words of the error are those of a key."""
+    done = zarrcache("map", "s3://no-bucket/in", "-o", tmp_path / "map.json")
+    assert (done.code, done.out) == (1, "")
+    assert "no credentials were found. Set key and secret or profile in s3_kwargs" in done.err
+    assert done.err.endswith("Here, --s3-kwargs gives them, or --config CONFIG.\n")
+
+
 def test_a_kind_of_source_can_be_chosen(tmp_path: Path) -> None:
     _touch(tmp_path, "mp-1.json.gz", "mp-2.CHGCAR", "mp-3.zarr/.zgroup")
     assert find_ids([str(tmp_path)], source=["json.gz", "CHGCAR"]).ids == ("mp-1", "mp-2")

@@ -86,6 +86,8 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
                 if _log.isEnabledFor(logging.DEBUG):
                     traceback.print_exc()
                 text, code = _in_words(exc)
+                if kwargs.get("s3_kwargs", "") is None and " in s3_kwargs" in text:
+                    text += " Here, --s3-kwargs gives them, or --config CONFIG."
                 say(f"error: {text}", always=True)
             except KeyboardInterrupt as exc:
                 word = "Terminated" if isinstance(exc, Terminated) else "Interrupted"
