@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import os
 import re
@@ -17,6 +18,7 @@ __all__ = [
     "bytes_or_percent",
     "counted",
     "format_bytes",
+    "format_money",
     "most_bytes",
     "parse_bytes",
     "parse_seconds",
@@ -86,6 +88,18 @@ def format_bytes(n: int) -> str:
         if abs(size) < 1023.95:
             return f"{size:.1f} {unit}"
     return f"{size / 1024:.1f} PiB"
+
+
+def format_money(amount: float) -> str:
+    """Two decimals; none from 1,000 on, two significant digits below 0.1."""
+    if amount == 0:
+        return "0"
+    if amount >= 1000:
+        return f"{amount:,.0f}"
+    if amount >= 0.1:
+        return f"{amount:,.2f}"
+    decimals = min(9, 1 - math.floor(math.log10(amount)))
+    return f"{amount:.{decimals}f}"
 
 
 def bytes_or_percent(value: object) -> int | Percent:

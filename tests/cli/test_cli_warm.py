@@ -56,7 +56,7 @@ def test_after_warm_everything_works_with_the_server_switched_off(
 
     done = zarrcache("warm", config)
     assert done.code == 0, done.err
-    assert done.out.startswith("Warmed 3 of 3 ids (2.8 KiB, ")
+    assert done.out.startswith("Warmed 3 of 3 ids (2.8 KiB decoded, ")
     assert done.out.rstrip().endswith("; 0 failed.")
     assert "1 of 4 task ids of GGA have no store" in done.err
     assert "mp-absent" in done.err

@@ -354,7 +354,7 @@ def test_yaml_holds_a_cache_block_or_is_one(tmp_path: Path) -> None:
     ("text", "words"),
     [
         (None, "cannot be read .*No such file"),
-        ("a: [", "is not YAML"),
+        ("a: [", r"is not YAML: (.|\n)* in the file, line 1, column 5"),
         ("caf\udce9: 1\n", "is not UTF-8"),
         ("- 1\n", "holds no keys"),
         ("", "holds no keys"),

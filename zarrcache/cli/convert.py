@@ -242,6 +242,9 @@ def left_out_lines(plan: ConvertPlan, most: int | None = 10) -> list[str]:
 def format_conversion(dst: str, report: ConvertReport, seconds: float) -> str:
     """One line for ``convert``."""
     files = len(report.converted) + len(report.failed)
+    if not files:
+        already = f"{plural(len(report.skipped), 'file')} converted already"
+        return f"Nothing to convert to {dst}: {already} (--overwrite converts again)."
     skipped = (
         f", {count(len(report.skipped))} skipped (converted already; --overwrite converts them "
         "again)"

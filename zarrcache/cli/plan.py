@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from zarrcache._keys import FLOAT32, Eviction
-from zarrcache._units import format_bytes
+from zarrcache._units import format_bytes, format_money
 from zarrcache.cli.app import command, say_refusal, show, show_json
 from zarrcache.cli.format import count, duration, plural
 from zarrcache.cli.options import Config, Json, data_config, nbytes, number
@@ -140,6 +140,6 @@ def plan_lines(plan: Forecast) -> Iterator[str]:
 def _epoch(epoch: EpochForecast, currency: str) -> str:
     text = (
         f"{epoch.hit_ratio:.1%} hits, {plural(epoch.requests, 'request')}, "
-        f"{format_bytes(epoch.nbytes)}, {epoch.dollars:.2f} {currency}"
+        f"{format_bytes(epoch.nbytes)}, {format_money(epoch.dollars)} {currency}"
     )
     return text if epoch.seconds is None else f"{text}, {duration(epoch.seconds)}"

@@ -265,7 +265,9 @@ def estimate_notes(plan: WarmPlan, estimate: WarmEstimate) -> list[str]:
 def format_warm_report(report: WarmReport, directory: object) -> str:
     """One line for ``warm``."""
     fresh = f"; {count(report.fresh)} fresh already" if report.fresh else ""
-    cost = f"{format_bytes(report.nbytes)}, {plural(report.stats.requests, 'request')}{fresh}"
+    cost = (
+        f"{format_bytes(report.nbytes)} decoded, {plural(report.stats.requests, 'request')}{fresh}"
+    )
     return (
         f"Warmed {count(report.warm)} of {plural(report.ids, 'id')} ({cost}) in {directory} in "
         f"{duration(report.seconds)}; {count(len(report.failed_ids))} failed."

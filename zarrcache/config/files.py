@@ -403,7 +403,8 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except ConfigError as exc:
         raise ConfigError(f"config file {os.fspath(path)}: {exc}") from None
     except yaml.YAMLError as exc:
-        raise ConfigError(f"config file {os.fspath(path)} is not YAML: {exc}") from exc
+        named = str(exc).replace('"<unicode string>"', "the file")
+        raise ConfigError(f"config file {os.fspath(path)} is not YAML: {named}") from exc
     except RecursionError:
         raise ConfigError(
             f"config file {os.fspath(path)} has hundreds of lists or mappings in each other. It "

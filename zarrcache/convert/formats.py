@@ -54,7 +54,7 @@ _NO_DENSITY_JSON = frozenset(
 #: A document that maps functionals to ids (``map_dir`` of a training config).
 _MAP = re.compile(r".*_to_task_ids|map", re.IGNORECASE)
 #: Ids with several files that an error names.
-_MAX_SHOWN = 20
+_MAX_SHOWN = 3
 _MATERIAL = re.compile(r"[A-Za-z]+-\d+")
 
 
@@ -405,14 +405,15 @@ def _reason_against_kind(entry: os.DirEntry[str]) -> str | None:
 
 def _nothing_found(src: Path, pattern: str | None, others: Sequence[LeftOut]) -> ConfigError:
     if pattern is not None:
-        hint = f"no file matches {pattern!r}"
+        hint, advice = f"no file matches {pattern!r}", "Give another pattern"
     else:
         hint = "no file is named *.CHGCAR, CHGCAR, *.CHGCAR.gz, *.json or *.json.gz"
+        advice = "Rename them, or choose them with a pattern"
     seen = "; ".join(f"{item.path}: {item.reason}" for item in others[:5])
     swapped = " It holds Zarr stores: SRC comes before DST." if any(src.glob("*.zarr*")) else ""
     return ConfigError(
-        f"No densities in {src}: {hint}{f' ({seen})' if seen else ''}.{swapped} Rename them, or "
-        "choose them with a pattern, for example '*.json.gz' or '**/CHGCAR'."
+        f"No densities in {src}: {hint}{f' ({seen})' if seen else ''}.{swapped} {advice}, for "
+        "example '*.json.gz' or '**/CHGCAR'."
     )
 
 
@@ -450,12 +451,28 @@ def _equal_ids(
     ]
     if len(unclear) > _MAX_SHOWN:
         shown.append(f"several files each for {len(unclear) - _MAX_SHOWN} more")
+    if directories := _directories_apart(unclear.values(), naming.root):
+        apart = " and ".join(map(str, directories))
+        return ConfigError(f"{'; '.join(shown)}. Convert {apart} one by one, each to its own DST.")
     first, second = next(iter(unclear.values()))[:2]
     ways = [f"choose one of each (--prefer '{_pattern_of(first, second)}')"]
     by_path, _ = _named(files, replace(naming, id_from="path"))
     if len(set(by_path.values())) == len(by_path):
         ways.append("name them by their path (--id-from path)")
     return ConfigError(f"{'; '.join(shown)}. Move the others away, or {', or '.join(ways)}.")
+
+
+def _directories_apart(groups: Collection[Sequence[Path]], root: Path) -> list[Path]:
+    """The directories in ``root`` that keep the files of each group apart, such as input and label;
+    none if they do not.
+    """
+    found: set[Path] = set()
+    for paths in groups:
+        tops = {root / path.relative_to(root).parts[0] for path in paths}
+        if len(tops) < len(paths) or tops.intersection(paths):
+            return []
+        found |= tops
+    return sorted(found)
 
 
 def _pattern_of(first: Path, second: Path) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
-from zarrcache._units import counted, format_bytes
+from zarrcache._units import counted, format_bytes, format_money
 from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.ops.charts import CHART_STYLE, Axis, Series, columns, lines, short
 from zarrcache.ops.forecast import EpochForecast, Forecast, WhatIf
@@ -104,8 +103,8 @@ def _tiles(recorded: RecordedRuns, plan: WhatIf | None) -> str:
         paid, saved = _dollars(total, plan.present)
         currency = plan.present.prices.currency
         found += [
-            ("Cost so far", f"{_money(paid)} {currency}", "requests and bytes of all epochs"),
-            ("Saved", f"{_money(saved)} {currency}", "what the hits would have cost"),
+            ("Cost so far", f"{format_money(paid)} {currency}", "requests and bytes of all epochs"),
+            ("Saved", f"{format_money(saved)} {currency}", "what the hits would have cost"),
         ]
     tiles = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(what)}</small></dd></div>"
@@ -243,10 +242,10 @@ def _forecast(plan: Forecast) -> Iterable[str]:
     yield (
         f"<p>From an empty cache: {_percent(plan.total.hit_ratio)} hits, "
         f"{plan.total.requests:,} requests, {format_bytes(plan.total.nbytes)}, "
-        f"{_money(plan.total.dollars)} {escape(plan.prices.currency)}. Each node's cache of "
+        f"{format_money(plan.total.dollars)} {escape(plan.prices.currency)}. Each node's cache of "
         f"{format_bytes(plan.capacity_bytes)}{ahead} holds {_percent(share)} of the data "
         f"({format_bytes(plan.disk_bytes)} on disk). Without a cache it would be "
-        f"{_money(plan.cold_dollars(plan.densities) * plan.run_epochs)} "
+        f"{format_money(plan.cold_dollars(plan.densities) * plan.run_epochs)} "
         f"{escape(plan.prices.currency)}.</p>"
     )
     shown = list(enumerate(plan.epochs[:_EPOCHS], start=1))
@@ -443,7 +442,7 @@ def _costs(plan: Forecast) -> tuple[str, str, str]:
 
 
 def _costs_of(epochs: EpochForecast) -> tuple[str, str, str]:
-    return f"{epochs.requests:,}", format_bytes(epochs.nbytes), _money(epochs.dollars)
+    return f"{epochs.requests:,}", format_bytes(epochs.nbytes), format_money(epochs.dollars)
 
 
 def _now(text: str, is_now: bool) -> str:
@@ -457,18 +456,6 @@ def _folded(title: str, body: str) -> str:
 
 def _percent(ratio: float) -> str:
     return f"{100 * ratio:.1f} %"
-
-
-def _money(amount: float) -> str:
-    """Two decimals; none from 1,000 on, two significant digits below 0.1."""
-    if amount == 0:
-        return "0"
-    if amount >= 1000:
-        return f"{amount:,.0f}"
-    if amount >= 0.1:
-        return f"{amount:,.2f}"
-    decimals = min(9, 1 - math.floor(math.log10(amount)))
-    return f"{amount:.{decimals}f}"
 
 
 def _date(seconds: float) -> str:

@@ -258,11 +258,25 @@ def test_two_files_of_one_material_are_refused(tmp_path: Path, names: tuple[str,
         find_files(_touch(tmp_path, *names))
 
 
+def test_input_and_label_below_one_directory_are_to_be_converted_one_by_one(
+    tmp_path: Path,
+) -> None:
+    """At most three of the pairs are named; no other way is advised."""
+    _touch(tmp_path, *(f"{role}/mp-{n}.CHGCAR" for role in ("input", "label") for n in range(5)))
+    with pytest.raises(ConfigError) as caught:
+        find_files(tmp_path)
+    assert str(caught.value).count(" are both ") == 3
+    assert str(caught.value).endswith(
+        f"; several files each for 2 more. Convert {tmp_path}/input and {tmp_path}/label one by "
+        "one, each to its own DST."
+    )
+
+
 def test_an_empty_directory_says_what_it_was_searched_for(tmp_path: Path) -> None:
     """With and without a pattern."""
     with pytest.raises(ConfigError, match=r"No densities in .*no file is named .*CHGCAR"):
         find_files(tmp_path)
-    with pytest.raises(ConfigError, match=r"no file matches '\*\.cube'"):
+    with pytest.raises(ConfigError, match=r"no file matches '\*\.cube'\. Give another pattern, "):
         find_files(tmp_path, "*.cube")
 
 
