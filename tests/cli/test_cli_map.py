@@ -120,6 +120,17 @@ def test_a_map_that_cannot_be_written_is_named(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_no_functional_is_added_to_a_split_file(tmp_path: Path) -> None:
+    """It is JSON of lists of ids, as a map is."""
+    _touch(tmp_path / "in", "mp-1.json.gz")
+    path = tmp_path / "split.json"
+    path.write_text('{"train": ["mp-1"], "test": ["mp-2"]}')
+    done = zarrcache("map", tmp_path / "in", "-o", path)
+    assert (done.code, done.out) == (2, "")
+    assert f"{path} is a split file, not a map." in done.err
+    assert json.loads(path.read_text()) == {"train": ["mp-1"], "test": ["mp-2"]}
+
+
 def test_the_map_itself_is_no_density(tmp_path: Path) -> None:
     """It lies among the densities, and its name ends as theirs do."""
     path = _touch(tmp_path, "mp-1.json.gz") / "map.json.gz"

@@ -98,6 +98,8 @@ def write_map(path: Path, functional: str, ids: Sequence[str], *, force: bool = 
         raise ConfigError("the name of the functional is empty. Give one, for example GGA.")
     # A name that is too long, or a directory, is an error when it is written.
     document: dict[str, Sequence[str]] = dict(read_map(path)) if os.path.isfile(path) else {}
+    if document.keys() & {"train", "test"}:
+        raise ConfigError(f"{path} is a split file, not a map. Give another file.")
     if functional in document and not force:
         raise ConfigError(
             f"{path} has {counted(len(document[functional]), 'id')} of {functional}. Give --force "
