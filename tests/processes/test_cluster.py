@@ -392,9 +392,9 @@ def test_quiet_reaches_the_workers(running: RunningCluster, config: Path, tmp_pa
         assert done.out.startswith("Warmed ")
     done = zarrcache("warm", config, "--dask", running.file, "--each-node", "-q")
     assert (done.code, done.err) == (0, "")
-    assert [line.split()[:2] for line in done.out.splitlines()] == [
+    assert sorted(line.split()[:2] for line in done.out.splitlines()) == sorted(
         [f"{node}:", "Warmed"] for node in NODES
-    ]
+    )
 
 
 def test_errors_keep_their_messages_with_dask_imported(running: RunningCluster) -> None:
