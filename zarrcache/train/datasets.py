@@ -203,17 +203,17 @@ class _PairDataset(Sender):
         if rotation is not None:
             # A tuple: Lightning refuses frozen dataclasses in a batch.
             rest = {**rest, "rotation": (rotation.axis, rotation.turns)}
-        if self._structure_of is not None:  # after the density: it is of the version read last
-            rest = {**rest, "structure": self._structure(name)}
-        if self._structure_of is not None:
-            # Copied: a grid that has to be read again may be of a newer version.
-            sample = {"data": in_pages(data), "label": in_pages(label), **rest}
-        else:
+        if self._structure_of is None:
             sample = {
                 "data": self.for_transfer(data, data_grid, i, 0),
                 "label": self.for_transfer(label, label_grid, i, 1),
                 **rest,
             }
+        else:
+            # The structure is of the version of the density that was read last. The values are
+            # copied: a grid that the training has to read again may be of a newer version.
+            sample = {"data": in_pages(data), "label": in_pages(label), **rest}
+            sample["structure"] = self._structure(name)
         return self._apply(sample, name)
 
     def _apply(self, sample: dict[str, Any], name: str) -> dict[str, Any]:
