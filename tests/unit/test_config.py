@@ -546,12 +546,23 @@ def test_misspelt_key_of_a_loader_is_an_error(key: str) -> None:
     DataConfig(**DATA, **{key: 1})
 
 
-def test_misspelt_loader_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("zarr_s3_dta", "zarr_s3_data"), ("chgcar", "chgcar_data"), ("chgcars", "chgcar_data")],
+)
+def test_misspelt_loader_is_a_warning(
+    caplog: pytest.LogCaptureFixture, name: str, meant: str
+) -> None:
     """Not an error: a module that registers the loader may be imported later."""
-    DataConfig(**DATA, dataset_name="zarr_s3_dta")
-    assert "dataset_name is 'zarr_s3_dta'; did you mean 'zarr_s3_data'?" in caplog.text
-    caplog.clear()
-    DataConfig(**DATA, dataset_name="my_loader")
+    DataConfig(**DATA, dataset_name=name)
+    assert f"dataset_name is {name!r}; did you mean {meant!r}? get_dataset refuses" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["my_loader", "my_data", "mine", "mp_data"])
+def test_a_loader_of_the_user_is_no_misspelling(
+    caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    DataConfig(**DATA, dataset_name=name)
     assert not caplog.text
 
 

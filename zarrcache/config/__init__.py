@@ -534,9 +534,14 @@ class DataConfig(Block):
     @field_validator("dataset_name")
     @classmethod
     def _loader(cls, value: str) -> str:
-        near = difflib.get_close_matches(value, _LOADERS, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(value, _LOADERS, n=1, cutoff=0.65)
         if near and value not in _LOADERS:  # only a warning, because it may be registered later
-            logger.warning("dataset_name is %r; did you mean %r?", value, near[0])
+            logger.warning(
+                "dataset_name is %r; did you mean %r? get_dataset refuses a name that no loader "
+                "has.",
+                value,
+                near[0],
+            )
         return value
 
     @field_validator("data_dir", "label_dir", "map_dir", mode="before")
