@@ -74,6 +74,8 @@ _IN_MEMORY = ("tmpfs", "ramfs")
 #: S3 refuses requests that are 15 minutes off.
 _SKEW_S = 60.0
 _IDS_TRIED = 5
+#: Bytes. A smaller ``cache.limit`` is probably a number without its unit.
+_LEAST_LIMIT = 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +272,12 @@ def _space(cache: CacheConfig, index: Index) -> Finding:
         f"{format_bytes(usage.free)} free, {format_bytes(volume)} used of the limit of "
         f"{format_bytes(cache.limit)}"
     )
+    if cache.limit < _LEAST_LIMIT:
+        advice = (
+            "It does not hold a density of 64^3 points (1 MiB). Write cache.limit with its unit, "
+            "for example 200 GiB."
+        )
+        return Finding("space", "warn", found, advice)
     if volume + usage.free - reserve < cache.limit:
         reachable = format_bytes(max(0, volume + usage.free - reserve))
         advice = (

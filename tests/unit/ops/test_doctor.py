@@ -76,6 +76,16 @@ def test_a_limit_beyond_the_disk_is_a_warning(config: DataConfig) -> None:
     assert "lower cache.limit" in found.advice
 
 
+def test_a_limit_without_its_unit_is_a_warning(config: DataConfig) -> None:
+    """``limit: 200`` are 200 bytes."""
+    assert config.cache is not None
+    found = findings(
+        config.model_copy(update={"cache": config.cache.model_copy(update={"limit": 200})})
+    )["space"]
+    assert (found.verdict, "of the limit of 200 B" in found.found) == ("warn", True)
+    assert "Write cache.limit with its unit" in found.advice
+
+
 def test_a_cache_readable_by_others_is_a_warning(config: DataConfig, tmp_path: Path) -> None:
     findings(config)
     (tmp_path / "cache" / "zarrcache-v1").chmod(0o755)
