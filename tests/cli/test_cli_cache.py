@@ -254,6 +254,24 @@ def test_several_sources_of_an_id_are_named_once_by_each_command(
         assert said not in done.out + done.err, name
 
 
+def test_of_sources_of_one_kind_the_others_have_to_be_removed(config: Path, tmp_path: Path) -> None:
+    """``source`` names kinds, and these have the same."""
+    for name in ("mp-7.CHGCAR", "mp-7.CHGCAR.gz"):
+        (tmp_path / "data" / name).touch()
+    done = zarrcache("warm", config, "--revalidate")
+    assert (
+        "Of mp-7, mp-7.CHGCAR is read, not mp-7.CHGCAR.gz. Remove the others: source cannot "
+        "choose among files of one kind, CHGCAR." in done.err
+    )
+
+
+@pytest.mark.parametrize("name", ["warm", "doctor"])
+def test_a_loader_whose_name_get_dataset_would_refuse_is_named(config: Path, name: str) -> None:
+    config.write_text(config.read_text() + "dataset_name: chgcar\n")
+    done = zarrcache(name, config)
+    assert "dataset_name is 'chgcar'; did you mean 'chgcar_data'?" in done.err
+
+
 def test_a_path_that_the_locale_cannot_write_is_an_error_in_words(
     config: Path, tmp_path: Path
 ) -> None:

@@ -171,10 +171,15 @@ def several_sources(
     if not several:
         return ""
     stem, (read, *others) = next(iter(several.items()))
+    advice = "Set source to the kinds to read, the preferred ones first, or remove the others."
+    if any(kind_of(name) == kind_of(read) for name in others):
+        advice = (
+            f"Remove the others: source cannot choose among files of one kind, {kind_of(read)}."
+        )
     ids = "1 id has" if len(several) == 1 else f"{len(several)} ids have"
     return (
         f"{ids} several sources in {url}. Of {stem}, {read} is read, not {' or '.join(others)}. "
-        "Set source to the kinds to read, the preferred ones first, or remove the others."
+        f"{advice}"
     )
 
 
