@@ -260,7 +260,10 @@ def test_nothing_warm_is_exit_1(tmp_path: Path) -> None:
         (
             f"{tmp_path}/data",
             f"{tmp_path}/data/mp-0.zarr",
-            f"error: none of the 3 ids of GGA has a store in {tmp_path}/data/mp-0.zarr and",
+            (
+                "error: none of the 3 ids of GGA has a store for both input and label: 0 in "
+                f"{tmp_path}/data/mp-0.zarr, 2 in {tmp_path}/label. Check data_dir, label_dir and"
+            ),
         ),
         ("functional: GGA", "functional: SCAN", "error: SCAN has no ids. Check functional and map"),
         ("limit: 1 GiB", "limit: 10 KiB", "error: 2 ids did not fit: cache.limit (10.0 KiB) or"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from zarrcache._keys import FLOAT32, Missing
+from zarrcache._keys import FLOAT32, ROLES, Missing
 from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, failures, say, show, show_json
 from zarrcache.cli.format import count, duration, plural
@@ -223,11 +223,16 @@ def nothing_selected(plan: WarmPlan, split: str) -> str:
     if not plan.missing:
         part = "has no ids" if split == "all" else f"has no ids in the {split} set"
         return f"{reader.functional} {part}. Check functional and map_dir ({reader.map_dir})."
-    directories = f"{reader.origin('data').url} and {reader.origin('label').url}"
+    ids = f"{plural(len(plan.missing), 'id')} of {reader.functional}"
+    number = {
+        reader.origin(role).url: len(reader.store_names(role).keys() & set(plan.missing))
+        for role in ROLES
+    }
+    found = ", ".join(f"{count(n)} in {url}" for url, n in number.items())
     return (
-        f"none of the {plural(len(plan.missing), 'id')} of {reader.functional} has a store "
-        f"in {directories}. Check data_dir, label_dir and source ({reader.source}): the stores are "
-        "<task_id>.zarr or .zarr.zip, or files <task_id>.json.gz or .CHGCAR, directly below them."
+        f"none of the {ids} has a store for both input and label: {found}. Check data_dir, "
+        f"label_dir and source ({reader.source}): the stores are <task_id>.zarr or .zarr.zip, or "
+        "files <task_id>.json.gz or .CHGCAR, directly below them."
     )
 
 
