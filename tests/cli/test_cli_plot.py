@@ -13,7 +13,7 @@ from tests.support.training import write_config, write_pairs, zarrcache
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of two pairs in a directory."""
     directory = tmp_path_factory.mktemp("plot")
-    write_pairs(directory, 2)
+    write_pairs(directory, 2, diff=True)
     return write_config(directory)
 
 
@@ -21,7 +21,9 @@ def test_a_pair_is_drawn_with_characters_where_there_is_no_colour(config: Path) 
     done = zarrcache("plot", config, "mp-0", env={"COLUMNS": "60"})
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0].split() == ["input", "yz", "label", "yz", "label", "-", "input", "yz"]
+    assert lines[:2] == ["mp-0", "total: electrons per grid point (normalize_data: true)"]
+    planes = "input yz, x=3/6 label yz, x=3/6 label - input yz,"
+    assert " ".join(lines[2].split()) == planes
     assert max(map(len, lines)) <= 60
     assert sum(line.startswith("input") for line in lines) == 3
 
@@ -72,3 +74,23 @@ def test_wrong_input_is_named(
     done = zarrcache("plot", config, *arguments)
     assert message in done.err
     assert (done.code, done.out) == (code, "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "title"),
+    [
+        ("normalize_data: false", "total: density times cell volume (normalize_data: false)"),
+        (
+            "normalize_data: volume",
+            "total: electrons per cubic angstrom (normalize_data: volume)",
+        ),
+        ("density_type: {data: total, label: [diff, total]}", "total and diff: electrons per grid"),
+    ],
+)
+def test_the_title_says_what_the_numbers_are(
+    config: Path, tmp_path: Path, settings: str, title: str
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(f"{config.read_text()}{settings}\n")
+    done = zarrcache("plot", other, "mp-1")
+    assert done.out.splitlines()[1].startswith(title), done.err

@@ -7,11 +7,19 @@ from typing import Annotated
 
 import typer
 
-from zarrcache.cli.app import command, say
+from zarrcache._keys import ROLES, arrays_of, density_name, is_density, units_of
+from zarrcache.cli.app import command, say, show
 from zarrcache.cli.options import Config, check_output, data_config, output_file, write_output
 from zarrcache.errors import ConfigError
 
 __all__ = ["plot"]
+
+
+_UNITS = {
+    "cell": "density times cell volume (normalize_data: false)",
+    "points": "electrons per grid point (normalize_data: true)",
+    "volume": "electrons per cubic angstrom (normalize_data: volume)",
+}
 
 
 def _shares(text: str) -> tuple[float, float, float]:
@@ -43,6 +51,8 @@ def plot(
 ) -> int:
     """Draw three planes of a pair: input, label, difference; of several channels the first.
 
+    Captions give each plane's place (x=12/24: index 12 of 24 planes) and its lowest and highest
+    value.
     Reads through CONFIG's cache, and fetches what is not in it.
     """
     from zarrcache.cli.progress import show_panels
@@ -54,16 +64,21 @@ def plot(
         if output.suffix.lower() != ".png":
             raise ConfigError(f"{output} does not end in .png, the only format of pictures.")
         check_output(output, "a PNG picture", b"\x89PNG")
-    reader = open_reader(data_config(config, needs_cache=False))
+    settings = data_config(config, needs_cache=False)
+    reader = open_reader(settings)
     grids = []
-    for role in ("data", "label"):
+    for role in ROLES:
         values, gridsize = reader.load(task_id, role)
         grids.append(values.reshape(-1, *gridsize)[0])
     rows = draw_pair(grids[0], grids[1], shares)
+    arrays = dict.fromkeys(arrays_of(settings.density_type)[role][0] for role in ROLES)
+    units = _UNITS[units_of(settings.normalize_data)] if all(map(is_density, arrays)) else ""
+    title = f"{task_id}\n{' and '.join(map(density_name, arrays))}{units and f': {units}'}"
     if output is None:
+        show(title)
         show_panels(rows)
     else:
-        write_output(output, as_png(rows))
+        write_output(output, as_png(rows, title))
         say(f"wrote {output}")
     if len(rows[0]) < 3:
         shapes = " and ".join("x".join(map(str, grid.shape)) for grid in grids)

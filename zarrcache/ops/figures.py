@@ -54,32 +54,31 @@ def draw_pair(
     Input and label share a scale, from the lowest to the highest value of both planes; colours
     follow the square root of the value, or the dark regions between atoms would show nothing. The
     difference, label minus input, has a scale of its own that is symmetric around zero; grids of
-    different shapes have none. ``at`` is where each axis is cut, as a share of its length.
+    different shapes have none. ``at`` is where each axis is cut, as a share of its length; the
+    captions give the index of the plane, from 0, and the number of planes: ``input yz, x=12/24``.
     """
     rows = []
     for axis in range(3):
-        planes = {
-            name: np.take(
-                grid, min(grid.shape[axis] - 1, int(at[axis] * grid.shape[axis])), axis=axis
-            ).astype(np.float64)
-            for name, grid in (("input", data), ("label", label))
-        }
-        low, high = _range(*planes.values())
+        planes, names = [], []
+        for name, grid in (("input", data), ("label", label)):
+            length = grid.shape[axis]
+            place = min(length - 1, int(at[axis] * length))
+            planes.append(np.take(grid, place, axis=axis).astype(np.float64))
+            names.append(f"{name} {_AXES[axis]}, {'xyz'[axis]}={place}/{length}")
+        low, high = _range(*planes)
         row = [
-            Panel(f"{name} {_AXES[axis]}\n{_span(plane)}", _sequential(plane, low, high))
-            for name, plane in planes.items()
+            Panel(f"{name}\n{_span(plane)}", _sequential(plane, low, high))
+            for name, plane in zip(names, planes, strict=True)
         ]
         if data.shape == label.shape:
-            difference = planes["label"] - planes["input"]
-            row.append(
-                Panel(f"label - input {_AXES[axis]}\n{_span(difference)}", _diverging(difference))
-            )
+            difference = planes[1] - planes[0]
+            row.append(Panel(f"label - {names[0]}\n{_span(difference)}", _diverging(difference)))
         rows.append(row)
     return rows
 
 
-def as_png(rows: Sequence[Sequence[Panel]]) -> bytes:
-    """A PNG file of panels with their captions."""
+def as_png(rows: Sequence[Sequence[Panel]], title: str = "") -> bytes:
+    """A PNG file of panels with their captions, below a title of up to two lines."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as exc:
@@ -88,11 +87,13 @@ def as_png(rows: Sequence[Sequence[Panel]]) -> bytes:
         ) from exc
     columns = max(map(len, rows))
     heights = [max(_size(panel)[1] for panel in row) + _CAPTION + _GAP for row in rows]
-    sheet = Image.new("RGB", (_GAP + columns * (_SIDE + _GAP), sum(heights)), "white")
+    top = _CAPTION + _GAP if title else 0
+    sheet = Image.new("RGB", (_GAP + columns * (_SIDE + _GAP), top + sum(heights)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw.text((_GAP, 2), title, fill="black", font=font)
     for down, row in enumerate(rows):
         for along, panel in enumerate(row):
-            x, y = _GAP + along * (_SIDE + _GAP), sum(heights[:down])
+            x, y = _GAP + along * (_SIDE + _GAP), top + sum(heights[:down])
             draw.text((x, y + 2), panel.caption, fill="black", font=font)
             image = Image.fromarray(panel.colours).resize(_size(panel), Image.Resampling.NEAREST)
             sheet.paste(image, (x, y + _CAPTION))

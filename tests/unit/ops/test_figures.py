@@ -27,7 +27,12 @@ def test_each_row_cuts_one_axis_at_its_share_of_the_length() -> None:
         assert row[0].colours.shape == (*shape, 3)
         lit = brightness(row[0].colours)
         assert np.unravel_index(lit.argmax(), shape) == place
-    assert [row[0].caption.splitlines()[0] for row in rows] == ["input yz", "input xz", "input xy"]
+    assert [row[0].caption.splitlines()[0] for row in rows] == [
+        "input yz, x=3/4",
+        "input xz, y=1/6",
+        "input xy, z=2/8",
+    ]
+    assert rows[1][2].caption.startswith("label - input xz, y=1/6\n")
     assert rows[0][0].caption.splitlines()[1] == "0 to 1"
 
 
