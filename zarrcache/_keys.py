@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import hashlib
 import os
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from zarrcache.errors import ConfigError
 
@@ -29,6 +28,7 @@ __all__ = [
     "Role",
     "Units",
     "arrays_of",
+    "cached_property",
     "check_density_type",
     "check_encoding",
     "check_task_id",
@@ -84,6 +84,31 @@ _REPR.maxlist = _REPR.maxdict = 10
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _BITS = re.compile(r"bits:([1-9][0-9]?)")
 _TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@ -]{0,199}(?<! )")
+
+
+if TYPE_CHECKING:
+    from functools import cached_property  # noqa: TID251
+else:
+
+    class cached_property:
+        """As in functools since Python 3.12: without a lock.
+
+        That of 3.11 has a lock per property, for all objects. A child that is forked while another
+        thread holds it would wait for it forever (tests/processes/test_cache_races.py).
+        """
+
+        def __init__(self, function: Any) -> None:
+            self._function = function
+            self.__doc__ = function.__doc__
+
+        def __set_name__(self, owner: Any, name: str) -> None:
+            self._name = name
+
+        def __get__(self, instance: Any, owner: Any = None) -> Any:
+            if instance is None:
+                return self
+            value = instance.__dict__[self._name] = self._function(instance)
+            return value
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -156,7 +181,7 @@ class ArrayKey:
         array, mark, _ = self.array.partition(_ENCODED_AS)
         return ArrayKey(self.origin, self.url, array) if mark else None
 
-    @functools.cached_property
+    @cached_property
     def digest(self) -> str:
         """32 hex digits; the entry's name on disk and in the index."""
         return _digest("array", self.origin, self.url, self.array)
@@ -190,7 +215,7 @@ class BlockKey:
             return self.object.size_bytes
         return min(self.block_size, self.object.size_bytes - self.block * self.block_size)
 
-    @functools.cached_property
+    @cached_property
     def digest(self) -> str:
         """32 hex digits; the entry's name on disk and in the index."""
         part = "" if self.block is None else f"{self.block}x{self.block_size}"

@@ -334,8 +334,8 @@ def test_a_file_of_s3_kwargs_that_cannot_be_used_is_named_without_its_content(
 def test_ctrl_c_during_the_imports_ends_without_a_traceback(
     files: Path, tmp_path: Path, moments: tuple[float, ...]
 ) -> None:
-    """At any moment after the interpreter itself has started; nothing is left."""
-    ready = "import sys, runpy; print(flush=True); sys.argv = sys.argv[1:]; "
+    """At any moment after the interpreter and the entry point are there; nothing is left."""
+    ready = "import sys, runpy, zarrcache.cli; print(flush=True); sys.argv = sys.argv[1:]; "
     run = ready + "runpy.run_module('zarrcache', run_name='__main__', alter_sys=True)"
     for number, moment in enumerate(moments):
         out = tmp_path / f"out-{number}"

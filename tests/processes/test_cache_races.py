@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from tests.support.cachedirs import array_of, key_of, payload_files, settings
+from zarrcache._keys import cached_property
 from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk._publish import publish
 from zarrcache.disk.directory import CacheDir
@@ -233,6 +234,31 @@ def test_forked_children_use_an_index_that_is_open_in_their_parent(
     assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     connection.close()
     assert caplog.records == []
+
+
+def test_a_property_that_a_thread_computes_does_not_block_a_forked_child() -> None:
+    """That of functools has one lock for all objects in Python 3.11."""
+
+    class Slow:
+        def __init__(self, release: threading.Event) -> None:
+            self.release = release
+
+        @cached_property
+        def value(self) -> int:
+            started.set()
+            self.release.wait(HANG_S)
+            return 1
+
+    started, release, released = threading.Event(), threading.Event(), threading.Event()
+    released.set()
+    thread = threading.Thread(target=getattr, args=(Slow(release), "value"))
+    thread.start()
+    try:
+        assert started.wait(HANG_S)
+        run([FORK.Process(target=getattr, args=(Slow(released), "value"))])
+    finally:
+        release.set()
+        thread.join()
 
 
 def test_fork_while_threads_read_and_write_gives_a_child_that_works(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ The grids are read without pymatgen, which is imported for structures
 from __future__ import annotations
 
 import bz2
-import functools
 import gzip
 import json
 import lzma
@@ -22,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zarrcache._keys import cached_property
 from zarrcache._units import counted, most_bytes, read_bounded
 from zarrcache.arrays.vasp_text import parse_vasp_text
 from zarrcache.errors import ConfigError, SchemaError
@@ -84,7 +84,7 @@ class DensityFile:
     _poscar: tuple[bytes, ...] | None = field(default=None, repr=False)
     _document: Mapping[str, Any] | None = field(default=None, repr=False)
 
-    @functools.cached_property
+    @cached_property
     def lattice(self) -> NDArray[np.float64]:
         """Lattice vectors in rows, Å, shape (3, 3). Its determinant is the volume of the cell.
 
@@ -104,7 +104,7 @@ class DensityFile:
             raise SchemaError(f"{self.name} has no lattice of nine numbers. Get the file again.")
         return matrix
 
-    @functools.cached_property
+    @cached_property
     def structure(self) -> Any:
         """The ``pymatgen.core.Structure``, equal to the one that pymatgen reads from the file.
 

@@ -9,13 +9,12 @@ that between two objects cannot be distinguished from one that has finished.
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from zarrcache._keys import ObjectInfo, Units, density_array, source_digest
+from zarrcache._keys import ObjectInfo, Units, cached_property, density_array, source_digest
 from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import (
     attributes_key,
@@ -92,12 +91,12 @@ class OriginArray:
     also: Collection[str] = ()
     uses_values: bool = True
 
-    @functools.cached_property
+    @cached_property
     def store_url(self) -> str:
         """URL of the store."""
         return self.origin.url_of(self.store)
 
-    @functools.cached_property
+    @cached_property
     def prefix(self) -> str:
         """Prefix of the keys of a store of many objects."""
         return f"{self.store}/{self.array}/"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from zarrcache._keys import ArrayKey, Role
+from zarrcache._keys import ArrayKey, Role, cached_property
 from zarrcache.arrays import stem_of
 from zarrcache.cache.attributes import AttributePacks
 from zarrcache.cache.byte_tier import ByteCache
@@ -124,7 +123,7 @@ class Cache:
             )
         return origin
 
-    @functools.cached_property
+    @cached_property
     def remote(self) -> RemoteSources | None:
         """The lower layer and the peers that may have an entry; None if none is configured."""
         config = self.config

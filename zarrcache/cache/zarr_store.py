@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import os
 import threading
@@ -20,7 +19,7 @@ from zarr.abc.store import (
     SuffixByteRequest,
 )
 
-from zarrcache._keys import ObjectInfo, source_digest
+from zarrcache._keys import ObjectInfo, cached_property, source_digest
 from zarrcache.arrays import (
     OriginArray,
     StoreAttributes,
@@ -323,7 +322,7 @@ class CachedStore(Store):
         self.sizes()
         return self._objects
 
-    @functools.cached_property
+    @cached_property
     def version(self) -> str:
         """Digest of the listing. One LIST at first use, or the stored listing."""
         return source_digest(self.objects().values())

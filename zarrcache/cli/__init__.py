@@ -7,10 +7,10 @@ this module imports none of them, so that ``main`` decides what Ctrl-C does mean
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 from zarrcache.cli._early import end_on_ctrl_c
 
+TYPE_CHECKING = False  # typing imports much, and Ctrl-C is not handled yet
 if TYPE_CHECKING:
     import typer
 

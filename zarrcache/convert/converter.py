@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from zarrcache._keys import cached_property
 from zarrcache.arrays import PymatgenMissingError
 from zarrcache.convert.density import ChargeDensity, read_density
 from zarrcache.convert.formats import InputFormat
@@ -257,7 +258,7 @@ class Converter:
         """Of the names of stores."""
         return ".zarr.zip" if self.zip else ".zarr"
 
-    @functools.cached_property
+    @cached_property
     def _destination(self) -> S3Destination | None:
         """The S3 client of this process; not pickled."""
         if not is_s3(self.dst):

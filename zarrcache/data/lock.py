@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import hashlib
 import json
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import safe_repr
+from zarrcache._keys import cached_property, safe_repr
 from zarrcache.data.splits import Split
 from zarrcache.disk import crc32c, write_file
 from zarrcache.errors import ConfigError, IncompleteArrayError
@@ -249,7 +248,7 @@ class LockFile:
     def __reduce__(self) -> tuple[type[LockFile], tuple[Path]]:
         return LockFile, (self.path,)  # a worker process reads it instead of unpickling it
 
-    @functools.cached_property
+    @cached_property
     def lock(self) -> DataLock:
         """Its content.
 

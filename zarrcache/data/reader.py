@@ -6,7 +6,6 @@ process starts.
 
 from __future__ import annotations
 
-import functools
 import heapq
 import itertools
 import logging
@@ -28,6 +27,7 @@ from zarrcache._keys import (
     Channel,
     ObjectInfo,
     Role,
+    cached_property,
     check_task_id,
     density_array,
     density_name,
@@ -173,7 +173,7 @@ class ZarrS3Reader(PairReader):
         self._read_throughs: dict[tuple[Role, object], list[ReadThrough]] = {}
         self._absences = Absences(self)
 
-    @functools.cached_property
+    @cached_property
     def s3fs(self) -> s3fs.S3FileSystem:
         """The filesystem of ``s3_kwargs``, for the user's own work.
 

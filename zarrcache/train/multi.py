@@ -6,11 +6,11 @@ import bisect
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
 from typing import Any, Literal
 
 from torch.utils.data import ConcatDataset
 
+from zarrcache._keys import cached_property
 from zarrcache._units import whole_number
 from zarrcache.config import DataConfig, LoaderConfig, datasets_of_configs, naming
 from zarrcache.data import Split, ZarrS3Reader, hold_out, open_reader, permuted_split

@@ -13,13 +13,12 @@ import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import ROLES, Role
+from zarrcache._keys import ROLES, Role, cached_property
 from zarrcache.data import Read
 from zarrcache.errors import ConfigError
 from zarrcache.stats import SharedFile

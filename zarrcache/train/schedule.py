@@ -21,12 +21,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zarrcache._keys import cached_property
 from zarrcache._units import whole_number
 from zarrcache.errors import ConfigError
 
