@@ -624,7 +624,8 @@ def _fill(value: object, dtype: np.dtype[Any]) -> Any:
             return np.frombuffer(bytes.fromhex(value[2:]), dtype.newbyteorder(">"))[0]
     if not isinstance(number, int if dtype.kind in "biu" else (int, float)):
         raise ValueError(f"its fill value is {safe_repr(value)}")
-    np.full((), number, dtype)  # raises OverflowError
+    if dtype.kind in "iu" and not np.iinfo(dtype).min <= number <= np.iinfo(dtype).max:
+        raise ValueError(f"its fill value is {safe_repr(value)}")  # numpy 1.26 would wrap it
     return number
 
 
