@@ -626,6 +626,7 @@ def _fill(value: object, dtype: np.dtype[Any]) -> Any:
         raise ValueError(f"its fill value is {safe_repr(value)}")
     if dtype.kind in "iu" and not np.iinfo(dtype).min <= number <= np.iinfo(dtype).max:
         raise ValueError(f"its fill value is {safe_repr(value)}")  # numpy 1.26 would wrap it
+    np.full((), number, dtype)  # raises OverflowError: an integer beyond any float
     return number
 
 
