@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from zarrcache._keys import ObjectInfo, Units, cached_property, density_array, source_digest
 from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import (
+    FORMATS,
     attributes_key,
     check_attributes_size,
     is_array_key,
@@ -154,7 +155,7 @@ def objects_of(what: OriginArray, objects: Iterable[ObjectInfo]) -> list[ObjectI
     found = list(filter(is_array_key, keys))
     listed = [by_key[what.prefix + key] for key in found]
     if found and what.uses_values:
-        root = {key.removeprefix(f"{what.store}/") for key in by_key}
+        root = [name for name in FORMATS if f"{what.store}/{name}" in by_key]
         name = attributes_key(metadata_key(found), root)
         attributes = by_key.get(f"{what.store}/{name}")
         if attributes is not None:

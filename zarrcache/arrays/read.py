@@ -247,14 +247,15 @@ def _read_store(
     origin, prefix = what.origin, what.prefix
     keys = [o.key.removeprefix(prefix) for o in listed if o.key.startswith(prefix)]
     decoder = ArrayDecoder(keys, f"{what.store_url}/{what.array}", reserve, fills=what.fills)
-    root = {o.key.removeprefix(f"{what.store}/") for o in listed}
+    # The one object that is not of the array; see `list_array`.
+    root = [o.key.removeprefix(f"{what.store}/") for o in listed if not o.key.startswith(prefix)]
     name = attributes_key(metadata_key(keys), root)
-    key, attributes = f"{what.store}/{name}", dict[str, Any]()
+    attributes: dict[str, Any] = {}
     for obj, data in origin.fetch(listed):
-        if obj.key == key:
-            attributes = attributes_in(data, name, what.store_url)
-        elif obj.key.startswith(prefix):
+        if obj.key.startswith(prefix):
             decoder.add(obj.key.removeprefix(prefix), data)
+        else:
+            attributes = attributes_in(data, name, what.store_url)
     return Decoded(decoder.finish(), decoder.missing_chunks, attributes, FORMATS[name])
 
 
@@ -317,7 +318,7 @@ def examine_array(what: OriginArray, listed: Collection[ObjectInfo]) -> Examined
         raw = zipped.read(prefix + name, MAX_DOCUMENT_BYTES)
         attributes = attributes_in_zip(zipped, attributes_key(name, zipped.sizes))
     else:
-        root = {o.key.removeprefix(f"{store}/") for o in listed}
+        root = [o.key.removeprefix(f"{store}/") for o in listed if not o.key.startswith(prefix)]
         key = f"{store}/{attributes_key(name, root)}"
         documents = [o for o in listed if o.key in (prefix + name, key)]
         found = {obj.key: bytes(data) for obj, data in origin.fetch(documents)}
