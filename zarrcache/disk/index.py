@@ -157,7 +157,7 @@ class Index:
         stored = self._file.lookup(digest)
         return stored, None if stored is not None else self._file.lookup(LENT + digest)
 
-    def path_of(self, stored: Stored) -> str:
+    def path_of(self, stored: Stored | Intent) -> str:
         """Full path of a file, as a string: a ``Path`` would take a tenth of a warm hit."""
         return f"{self._root}/{stored.filename}"
 
@@ -344,7 +344,8 @@ class Index:
         Returns
         -------
         bool
-            False if it occupies more than was reserved, and the limit has no room for that. The
+            False if it occupies more than was reserved, and the limit has no room for that, or if
+            the file is gone already: another process dropped an older object of this name. The
             caller aborts ``intent``.
         """
         if occupied_bytes is None:
@@ -355,6 +356,8 @@ class Index:
                 self._excess_bytes += excess_bytes
                 if self._file.volume_bytes(table) + excess_bytes > self._config.limit:
                     return False
+            if _is_reused(intent.filename) and not os.path.lexists(self.path_of(intent)):
+                return False
             doomed = self._doom(table, digest, keep=intent.filename)
             table.set(digest, Stored(intent.filename, occupied_bytes, note), tag=kind)
             table.delete(intent.key)
@@ -551,11 +554,9 @@ class Index:
         if not intents:
             return
         kept: set[str] = set()
-        for intent in intents:
+
+        def unlink(intent: Intent) -> None:
             path = self.dir.root / intent.filename
-            entry = self.lookup(path.name.partition("-")[0])
-            if entry is not None and entry.filename == intent.filename:
-                continue  # an object that another process has published again meanwhile
             try:
                 self.dir.unlink(path)
             except (FileNotFoundError, NotADirectoryError):
@@ -572,8 +573,18 @@ class Index:
                     path,
                     exc.strerror or exc,
                 )
+
+        for intent in intents:
+            if not _is_reused(intent.filename):
+                unlink(intent)
         with self._file.transaction() as table:
             for intent in intents:
+                if _is_reused(intent.filename):
+                    # In the transaction: another process that has published the object again
+                    # commits it either before, and it stays, or after, and finds it gone.
+                    entry = self._file.lookup(intent.filename.rpartition("/")[2], table)
+                    if entry is None or entry.filename != intent.filename:
+                        unlink(intent)
                 if intent.key not in kept:
                     table.delete(intent.key)
 
@@ -605,6 +616,11 @@ class Index:
         It can for a damaged index or a deleted directory.
         """
         self._file.forget(after)
+
+
+def _is_reused(filename: str) -> bool:
+    """Whether the next file of the same entry has the same name: it is an object's."""
+    return "-" not in filename
 
 
 def _sweep(index: weakref.ref[Index]) -> None:

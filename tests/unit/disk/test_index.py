@@ -6,6 +6,7 @@ import gc
 import logging
 import pickle
 import sqlite3
+import threading
 import weakref
 from multiprocessing import get_context
 from pathlib import Path
@@ -210,6 +211,37 @@ def test_a_file_that_is_published_again_under_its_name_stays(tmp_path: Path) -> 
     assert index.totals() == {"array": (1, 8192)}
 
 
+def test_an_object_that_is_published_while_it_is_dropped_is_either_there_or_not_counted(
+    tmp_path: Path,
+) -> None:
+    """Otherwise its row would count bytes of a file that the other process has removed."""
+    index, other = make(tmp_path), make(tmp_path)
+    path = store(index, "aa")
+    intent = other.begin("entries/aa/aa", 4096)
+    assert isinstance(intent, Intent)
+    committed: list[bool] = []
+    thread = threading.Thread(
+        target=lambda: committed.append(other.commit(intent, "aa", "object", "again"))
+    )
+    unlink = index.dir.unlink
+
+    def unlink_late(removed: Path) -> None:
+        path.write_bytes(bytes(4096))  # published by the other process
+        thread.start()
+        thread.join(0.2)  # its commit ends before the file is removed, or waits for that
+        unlink(removed)
+
+    index.dir.unlink = unlink_late  # type: ignore[method-assign]
+    index.drop(["aa"])
+    thread.join()
+    assert committed == [path.exists()] == [other.lookup("aa") is not None]
+    if not committed[0]:
+        other.abort(intent)
+    assert index.volume_bytes() == sum(
+        file.stat().st_size for file in index.dir.entries.rglob("aa") if file.is_file()
+    )
+
+
 def test_drop_returns_the_bytes_that_it_frees(tmp_path: Path) -> None:
     """A file or row that is missing already is not an error."""
     index = make(tmp_path)
@@ -376,7 +408,7 @@ def test_a_failed_commit_leaves_a_working_connection(
 ) -> None:
     """After a full disk the open transaction would make every later write fail."""
     index = make(tmp_path)
-    intent = index.begin("entries/aa/aa", 4096)
+    intent = index.begin("entries/aa/aa-1", 4096)
     assert isinstance(intent, Intent)
 
     def fail(*args: object, **kwargs: object) -> None:
