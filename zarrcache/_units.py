@@ -19,6 +19,7 @@ __all__ = [
     "counted",
     "format_bytes",
     "format_money",
+    "format_seconds",
     "most_bytes",
     "parse_bytes",
     "parse_seconds",
@@ -102,6 +103,18 @@ def format_money(amount: float) -> str:
     return f"{amount:.{decimals}f}"
 
 
+def format_seconds(seconds: float) -> str:
+    """``0.4 s``, ``12 s``, ``6 min 12 s``, ``3 h 05 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
 def bytes_or_percent(value: object) -> int | Percent:
     """Parse a size, or a share of the file system such as ``5 %``."""
     if isinstance(value, Percent):
@@ -148,7 +161,7 @@ def most_bytes() -> int:
 
 
 def counted(number: int, noun: str, more: str | None = None) -> str:
-    """``1 entry``, ``37 entries``."""
+    """``1 entry``, ``98,302 entries``."""
     return f"{number:,} {noun if number == 1 else more or noun + 's'}"
 
 

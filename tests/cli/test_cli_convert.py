@@ -33,7 +33,7 @@ def test_convert_reports_failures_and_skips_converted_files(files: Path, tmp_pat
     assert [line.split() for line in dry.out.splitlines()[1:2]] == [
         ["mp-9", f"{files}/CHGCAR_mp-9"]
     ]
-    assert dry.out.endswith("Dry run: nothing was written.\n")
+    assert "Dry run: nothing was written. Values were not read: a file that is cut" in dry.out
     assert not (tmp_path / "out").exists()
     done = zarrcache("convert", files, tmp_path / "out", "--workers", "1")
     assert done.code == 1
@@ -73,6 +73,13 @@ def test_a_bucket_without_its_scheme_is_noticed(
         refused = zarrcache("convert", one, "my-bucket/x", *option)
         assert (refused.code, refused.out) == (2, "")
         assert f"{tmp_path}/my-bucket/x is a directory of this machine, and there" in refused.err
+
+
+def test_more_than_two_paths_are_refused_with_a_way_to_give_them(files: Path) -> None:
+    """As a shell makes them of ``CHGCAR_* out``."""
+    done = zarrcache("convert", *sorted(files.iterdir()), "out")
+    assert (done.code, done.out) == (2, "")
+    assert "one SRC and one DST, and 4 paths are given. Give the directory" in done.err
 
 
 def test_a_source_and_a_destination_that_are_swapped_are_noticed(tmp_path: Path) -> None:
@@ -240,8 +247,11 @@ def test_a_potential_is_refused_however_it_is_given(files: Path, tmp_path: Path)
     assert f"failed: {second}: mean(total) is -" in done.err
     for given in ((files, "--pattern", "LOCPOT"), (files / "LOCPOT",)):
         source, *options = given
+        dry = zarrcache("convert", source, tmp_path / "out", *options, "--dry-run")
+        assert (dry.code, dry.out.startswith("Would convert 0 files")) == (1, True)
         done = zarrcache("convert", source, tmp_path / "out", *options)
         assert (done.code, done.out.startswith("Converted 0 of 1 file")) == (1, True)
+        assert done.err == dry.err
         assert f"failed: {files / 'LOCPOT'}: its name is that of a potential (LOCPOT)" in done.err
         assert "Convert the CHGCAR of that calculation" in done.err
     assert [path.name for path in (tmp_path / "out").glob("*.zarr")] == [f"{first.stem}.zarr"]

@@ -26,6 +26,7 @@ def test_the_map_holds_the_ids_of_every_kind_of_source(tmp_path: Path) -> None:
     done = zarrcache("map", tmp_path / "in", "-o", tmp_path / "map.json.gz")
     assert (done.code, done.out) == (0, f"Wrote 3 ids as GGA to {tmp_path}/map.json.gz.\n")
     assert f"map_dir: {tmp_path}/map.json.gz, functional: GGA" in done.err
+    assert "--functional was not given, so the ids are those of GGA, the default." in done.err
     document = json.loads(gzip.decompress((tmp_path / "map.json.gz").read_bytes()))
     assert document == {"GGA": ["mp-2", "mp-9", "mp-10"]}
 

@@ -62,7 +62,7 @@ def _application() -> typer.Typer:
         serve,
         schema,
     ):
-        app.command()(command)
+        app.command(context_settings={"allow_extra_args": command is convert})(command)
         if command is convert:
             app.command("map")(make_map)
     return app

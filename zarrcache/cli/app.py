@@ -22,7 +22,6 @@ import typer
 from zarrcache import __version__
 from zarrcache._keys import is_url
 from zarrcache.cli._early import leave_ctrl_c_to_python
-from zarrcache.cli.format import count
 from zarrcache.cli.progress import StderrHandler, is_quiet
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.parallel import Terminated, exit_code, raise_on_signals
@@ -186,4 +185,4 @@ def failures(lines: Iterable[str], verdict: str = "failed") -> None:
     for line in every[:_MAX_FAILURES]:
         say(f"{verdict}: {line}", always=True)
     if len(every) > _MAX_FAILURES:
-        say(f"{verdict}: {count(len(every) - _MAX_FAILURES)} more; --json lists all", always=True)
+        say(f"{verdict}: {len(every) - _MAX_FAILURES:,} more; --json lists all", always=True)

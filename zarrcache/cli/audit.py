@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from zarrcache._units import format_bytes
+from zarrcache._units import counted, format_bytes
 from zarrcache.cli.app import command, say, say_refusal, show, show_json
-from zarrcache.cli.format import count, plural
 from zarrcache.cli.options import (
     PAGE,
     Config,
@@ -58,19 +57,19 @@ def audit(
     if as_json:
         show_json({**asdict(report), "counts": report.counts, "refusal": refusal})
     else:
-        pairs = f"{plural(report.materials, 'pair')} ({format_bytes(report.nbytes)})"
+        pairs = f"{counted(report.materials, 'pair')} ({format_bytes(report.nbytes)})"
         if not report.findings:
             show(f"Nothing is wrong with {'the values of ' if refusal else ''}{pairs}.")
         else:
             show(f"{pairs}:")
             for kind, materials in report.counts.items():
-                show(f"{count(materials):>8}  {kind}: {ops.KINDS[kind]}")
+                show(f"{materials:>8,}  {kind}: {ops.KINDS[kind]}")
             show()
             for found in report.findings[:_MOST]:
                 of = f" ({found.role})" if found.role else ""
                 show(f"{found.kind}: {found.task_id}{of}: {found.what}")
             if len(report.findings) > _MOST:
-                say(f"{count(len(report.findings) - _MOST)} more; --json lists all")
+                say(f"{len(report.findings) - _MOST:,} more; --json lists all")
     if html is not None:
         say(f"wrote {html}")
     say_refusal(refusal)

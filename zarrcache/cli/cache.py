@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zarrcache._keys import FLOAT32, ArrayKey, density_name, is_density, safe_repr
-from zarrcache._units import format_bytes
+from zarrcache._units import counted, format_bytes
 from zarrcache.cli.app import command, failures, say, say_refusal, show, show_json
-from zarrcache.cli.format import count, plural
 from zarrcache.cli.options import (
     Directory,
     DryRun,
@@ -82,8 +81,8 @@ def evict(
         everything=everything,
     )
     if plan.absent:
-        say(f"nothing is cached of {plural(len(plan.absent), 'id')}: {first_ids(plan.absent)}")
-    entries = plural(len(plan.entries), "entry", "entries")
+        say(f"nothing is cached of {counted(len(plan.absent), 'id')}: {first_ids(plan.absent)}")
+    entries = counted(len(plan.entries), "entry", "entries")
     of = "every config" if everything else config
     what = (
         f"{entries} ({format_bytes(plan.disk_bytes)}) of {of} from {plan.directory}: "
@@ -261,9 +260,9 @@ def entries_by_kind(entries: Iterable[Row]) -> str:
         parts.append(
             _densities(number, key.source_array, key.units, key.encoding)
             if kind == ARRAY
-            else f"{plural(number, 'file')} of listings and attributes"
+            else f"{counted(number, 'file')} of listings and attributes"
             if kind == LISTING
-            else f"{plural(number, 'entry', 'entries')} of the byte tier"
+            else f"{counted(number, 'entry', 'entries')} of the byte tier"
         )
     return "; ".join(parts)
 
@@ -277,10 +276,10 @@ def status_lines(state: Status) -> list[str]:
     if state.min_free_bytes is not None:
         reserve = f"; min_free {format_bytes(state.min_free_bytes)}"
     free = f"{format_bytes(state.free_bytes)} free of {format_bytes(state.disk_bytes)}"
-    densities = plural(state.array_tier.entries - state.listings, "density", "densities")
-    others = plural(state.listings, "file", "files")
+    densities = counted(state.array_tier.entries - state.listings, "density", "densities")
+    others = counted(state.listings, "file", "files")
     arrays = f"{densities}, {others} of listings and attributes"
-    blocks = plural(state.byte_tier.entries, "entry", "entries")
+    blocks = counted(state.byte_tier.entries, "entry", "entries")
     lines = [
         f"cache        {state.directory}{'' if state.exists else ' (nothing is cached there yet)'}",
         f"array tier   {arrays}, {format_bytes(state.array_tier.nbytes)}",
@@ -289,17 +288,17 @@ def status_lines(state: Status) -> list[str]:
         f"file system  {free}{reserve}",
     ]
     if (covered := state.coverage) is not None:
-        present = plural(covered.present, "id")
-        half = f", {count(covered.half)} half" if covered.half else ""
+        present = counted(covered.present, "id")
+        half = f", {covered.half:,} half" if covered.half else ""
         missing = ""
         if covered.missing:
             verb = "has" if covered.missing == 1 else "have"
-            missing = f"; {plural(covered.missing, 'more id')} in the map {verb} no store"
+            missing = f"; {counted(covered.missing, 'more id')} in the map {verb} no store"
         if covered.dropped:
             verb = "lacks" if covered.dropped == 1 else "lack"
-            missing += f"; {plural(covered.dropped, 'id')} {verb} a channel (missing: drop)"
+            missing += f"; {counted(covered.dropped, 'id')} {verb} a channel (missing: drop)"
         lines.append(
-            f"{covered.functional:<12} {count(covered.warm)} of {present} warm "
+            f"{covered.functional:<12} {covered.warm:,} of {present} warm "
             f"({100 * covered.warm_ratio:.1f} %){half}{missing}"
         )
         lines += [
@@ -309,7 +308,7 @@ def status_lines(state: Status) -> list[str]:
         ]
         if covered.to_encode:
             lines.append(
-                f"{'':<12} {plural(covered.to_encode, 'id')} of these still in float32; `zarrcache "
+                f"{'':<12} {counted(covered.to_encode, 'id')} of these still in float32; `zarrcache "
                 "warm` or the next read encodes them without fetching"
             )
         lines += [f"{'':<12} {text}" for text in covered.several_sources]
@@ -318,7 +317,7 @@ def status_lines(state: Status) -> list[str]:
 
 def _densities(number: int, array: str, units: str, encoding: str) -> str:
     """``24 densities of total, normalize_data: true, encoding float16``."""
-    text = f"{plural(number, 'density', 'densities')} of {density_name(array)}"
+    text = f"{counted(number, 'density', 'densities')} of {density_name(array)}"
     if is_density(array):
         text += f", {_NORMALIZED[units]}"
     if encoding != FLOAT32:
@@ -328,19 +327,19 @@ def _densities(number: int, array: str, units: str, encoding: str) -> str:
 
 def format_verification(report: VerifyReport) -> str:
     """One line for ``verify``."""
-    stale = f", {count(len(report.stale))} stale" if report.stale else ""
-    gone = f", {count(len(report.gone))} gone at the origin" if report.gone else ""
-    unreadable = f", {count(len(report.unreadable))} cannot be read" if report.unreadable else ""
+    stale = f", {len(report.stale):,} stale" if report.stale else ""
+    gone = f", {len(report.gone):,} gone at the origin" if report.gone else ""
+    unreadable = f", {len(report.unreadable):,} cannot be read" if report.unreadable else ""
     n_flawed = len({problem.url for problem in (*report.flawed, *report.filled)})
-    flawed = f", {count(n_flawed)} flawed at the origin" if n_flawed else ""
+    flawed = f", {n_flawed:,} flawed at the origin" if n_flawed else ""
     within = ""
     if report.within_bound:
-        entries = plural(report.within_bound, "rounded entry", "rounded entries")
+        entries = counted(report.within_bound, "rounded entry", "rounded entries")
         within = f"; {entries} read from the origin: within the error bound"
     strays = ""
     if report.strays:
-        strays = f"; removed {plural(len(report.strays), 'file')} without an entry"
+        strays = f"; removed {counted(len(report.strays), 'file')} without an entry"
     return (
-        f"Verified {plural(report.entries, 'entry', 'entries')} ({format_bytes(report.nbytes)}): "
-        f"{count(len(report.corrupt))} corrupt{stale}{gone}{unreadable}{flawed}{within}{strays}."
+        f"Verified {counted(report.entries, 'entry', 'entries')} ({format_bytes(report.nbytes)}): "
+        f"{len(report.corrupt):,} corrupt{stale}{gone}{unreadable}{flawed}{within}{strays}."
     )

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from zarrcache._units import format_bytes
+from zarrcache._units import counted, format_bytes, format_seconds
 from zarrcache.cli.app import command, failures, say, show, show_json
-from zarrcache.cli.format import count, duration, plural
 from zarrcache.cli.options import (
     Anonymous,
     Dask,
@@ -30,6 +29,8 @@ from zarrcache.cli.options import (
     whole,
 )
 
+from zarrcache.errors import ConfigError
+
 if TYPE_CHECKING:
     from zarrcache.convert import ConvertPlan, ConvertReport, ConvertResult
 
@@ -38,6 +39,7 @@ __all__ = ["convert"]
 
 @command(resumable=True)
 def convert(
+    context: typer.Context,
     src: Annotated[
         Path,
         typer.Argument(
@@ -133,6 +135,12 @@ def convert(
     from zarrcache.cli.progress import Meter
     from zarrcache.convert import plan_convert
 
+    if context.args:
+        raise ConfigError(
+            f"convert takes one SRC and one DST, and {2 + len(context.args)} paths are given. Give "
+            "the directory that holds the files, with --pattern 'GLOB' (in quotes) to choose among "
+            "them, or convert one SRC after the other."
+        )
     plan = plan_convert(
         src,
         dst,
@@ -208,9 +216,9 @@ def _say_problems(results: Sequence[ConvertResult]) -> None:
 
 def format_convert_plan(plan: ConvertPlan) -> str:
     """For ``convert --dry-run``: a summary, and each file below its task id."""
-    already = f"; {count(len(plan.skipped))} converted already" if plan.skipped else ""
+    already = f"; {len(plan.skipped):,} converted already" if plan.skipped else ""
     summary = (
-        f"Would convert {plural(len(plan.files), 'file')} "
+        f"Would convert {counted(len(plan.files), 'file')} "
         f"({format_bytes(plan.source_bytes)}) to {plan.dst}{already}"
     )
     ids = plan.task_ids
@@ -219,7 +227,8 @@ def format_convert_plan(plan: ConvertPlan) -> str:
         (
             summary,
             *(f"  {ids[path]:{width}}  {path}" for path in plan.files),
-            "Dry run: nothing was written.",
+            "Dry run: nothing was written. Values were not read: a file that is cut short, or a "
+            "potential (LOCPOT) named like a density, is refused when it is converted.",
         )
     )
 
@@ -229,9 +238,9 @@ def left_out_lines(plan: ConvertPlan, most: int | None = 10) -> list[str]:
     lines = [f"left out: {item.path}: {item.reason}" for item in plan.left_out[:most]]
     if len(plan.left_out) > len(lines):
         more = len(plan.left_out) - len(lines)
-        lines.append(f"left out: {count(more)} more; --dry-run lists all")
+        lines.append(f"left out: {more:,} more; --dry-run lists all")
     if plan.unrecorded:
-        stores = plural(len(plan.unrecorded), "existing store")
+        stores = counted(len(plan.unrecorded), "existing store")
         lines.append(
             f"skipped: {stores} without a record of its file ({plan.unrecorded[0]} for example), "
             "written by an earlier version or another program. --overwrite converts again."
@@ -243,16 +252,15 @@ def format_conversion(dst: str, report: ConvertReport, seconds: float) -> str:
     """One line for ``convert``."""
     files = len(report.converted) + len(report.failed)
     if not files:
-        already = f"{plural(len(report.skipped), 'file')} converted already"
+        already = f"{counted(len(report.skipped), 'file')} converted already"
         return f"Nothing to convert to {dst}: {already} (--overwrite converts again)."
     skipped = (
-        f", {count(len(report.skipped))} skipped (converted already; --overwrite converts them "
-        "again)"
+        f", {len(report.skipped):,} skipped (converted already; --overwrite converts them again)"
         if report.skipped
         else ""
     )
     return (
-        f"Converted {count(len(report.converted))} of {plural(files, 'file')} to {dst} "
+        f"Converted {len(report.converted):,} of {counted(files, 'file')} to {dst} "
         f"({format_bytes(report.written_bytes)}) "
-        f"in {duration(seconds)}; {count(len(report.failed))} failed{skipped}."
+        f"in {format_seconds(seconds)}; {len(report.failed):,} failed{skipped}."
     )

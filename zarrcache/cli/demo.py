@@ -10,7 +10,6 @@ import typer
 
 from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, say, show, show_json, show_table
-from zarrcache.cli.format import count
 from zarrcache.cli.options import Json, number
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def _rows(report: DemoReport) -> list[tuple[str, ...]]:
                 f"{row.seconds:.2f}",
                 f"{row.waited_s:.2f}",
                 f"{row.samples_per_s:.1f}",
-                count(row.requests),
+                f"{row.requests:,}",
                 format_bytes(row.fetched_bytes),
                 ratio,
             )

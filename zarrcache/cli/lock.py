@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zarrcache._units import counted
 from zarrcache.cli.app import command, say, show, show_json
-from zarrcache.cli.format import plural
 from zarrcache.cli.options import Config, Json, check_output, data_config, output_file
 from zarrcache.errors import ConfigError
 
@@ -33,7 +33,7 @@ def lock(
     check_output(output, "a lock file", b'{"zarrcache_lock"')
     made = _of_config(config, output)
     made.save(output)
-    say(f"wrote {output}: {plural(len(made.densities), 'material')}")
+    say(f"wrote {output}: {counted(len(made.densities), 'material')}")
     return 0
 
 
@@ -62,9 +62,9 @@ def diff(
     for line in found[:_MOST]:
         show(line)
     if len(found) > _MOST:
-        say(f"{len(found) - _MOST} more; --json lists all")
+        say(f"{len(found) - _MOST:,} more; --json lists all")
     if not found:
-        show(f"No difference in {plural(len(one.densities), 'material')}.")
+        show(f"No difference in {counted(len(one.densities), 'material')}.")
     return int(bool(found))
 
 

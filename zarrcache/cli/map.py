@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from zarrcache._units import counted
 from zarrcache.cli.app import command, say, show, show_json
-from zarrcache.cli.format import plural
 from zarrcache.cli.options import (
     Anonymous,
     EndpointUrl,
@@ -38,11 +38,12 @@ def make_map(
         "map.json.gz"
     ),
     functional: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="NAME", help="name of the ids in the map, `functional` of a training config"
+            metavar="NAME",
+            help="name of the ids in the map, `functional` of a training config [default: GGA]",
         ),
-    ] = "GGA",
+    ] = None,
     source: Annotated[
         str,
         typer.Option(
@@ -76,16 +77,19 @@ def make_map(
         (found.refused, "not named like a task id (letters, digits and ._+=@-)"),
     ):
         if names:
-            say(f"left out: {plural(len(names), 'id')} {why}: {first_ids(names)}")
+            say(f"left out: {counted(len(names), 'id')} {why}: {first_ids(names)}")
     if not found.ids:
         say("error: the directories have no id in common, so no map is written.", always=True)
         return 1
-    kept = write_map(output, functional, found.ids, force=force)
+    name = "GGA" if functional is None else functional
+    kept = write_map(output, name, found.ids, force=force)
     if as_json:
-        show_json({"file": str(output), "functional": functional, **asdict(found)})
+        show_json({"file": str(output), "functional": name, **asdict(found)})
         return 0
-    beside = f", beside {plural(kept, 'other functional')}" if kept else ""
-    show(f"Wrote {plural(len(found.ids), 'id')} as {functional} to {output}{beside}.")
+    beside = f", beside {counted(kept, 'other functional')}" if kept else ""
+    show(f"Wrote {counted(len(found.ids), 'id')} as {name} to {output}{beside}.")
+    if functional is None:
+        say(f"--functional was not given, so the ids are those of {name}, the default.")
     chosen = "" if source == "auto" else f", source: {source}"
-    say(f"In a training config: map_dir: {output}, functional: {functional}{chosen}")
+    say(f"In a training config: map_dir: {output}, functional: {name}{chosen}")
     return 0

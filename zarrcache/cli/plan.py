@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from zarrcache._keys import FLOAT32, Eviction
-from zarrcache._units import format_bytes, format_money
+from zarrcache._units import counted, format_bytes, format_money, format_seconds
 from zarrcache.cli.app import command, say_refusal, show, show_json
-from zarrcache.cli.format import count, duration, plural
 from zarrcache.cli.options import Config, Json, data_config, nbytes, number
 
 if TYPE_CHECKING:
@@ -99,10 +98,10 @@ def plan(
 
 def plan_lines(plan: Forecast) -> Iterator[str]:
     """Lines for ``plan``."""
-    asked = "all" if plan.measured == plan.densities else count(plan.measured)
+    asked = "all" if plan.measured == plan.densities else f"{plan.measured:,}"
     yield (
-        f"Training split: {plural(plan.samples, 'sample')}, "
-        f"{plural(plan.densities, 'density', 'densities')} of {plan.gets:.0f} objects on average; "
+        f"Training split: {counted(plan.samples, 'sample')}, "
+        f"{counted(plan.densities, 'density', 'densities')} of {plan.gets:.0f} objects on average; "
         f"{format_bytes(plan.stored_bytes)} at the origin, {format_bytes(plan.disk_bytes)} in a "
         f"cache{'' if plan.encoding == FLOAT32 else f' as {plan.encoding}'} ({asked} measured)."
     )
@@ -111,7 +110,7 @@ def plan_lines(plan: Forecast) -> Iterator[str]:
     if plan.lookahead_bytes:
         ahead = f" (of which the look-ahead takes {format_bytes(plan.lookahead_bytes)})"
     yield (
-        f"{plural(plan.nodes, 'node')}, {plural(plan.ranks, 'rank')}: each cache holds "
+        f"{counted(plan.nodes, 'node')}, {counted(plan.ranks, 'rank')}: each cache holds "
         f"{format_bytes(plan.capacity_bytes)}{ahead}, "
         f"{min(1.0, share):.0%} of that; assignment {plan.variant.assignment}, eviction "
         f"{plan.variant.eviction}."
@@ -119,7 +118,7 @@ def plan_lines(plan: Forecast) -> Iterator[str]:
     yield ""
     for n, epoch in enumerate(plan.epochs[:3], start=1):
         yield f"epoch {n}: {_epoch(epoch, plan.prices.currency)}"
-    yield f"{plural(plan.run_epochs, 'epoch')}: {_epoch(plan.total, plan.prices.currency)}"
+    yield f"{counted(plan.run_epochs, 'epoch')}: {_epoch(plan.total, plan.prices.currency)}"
     timed = (
         " The time is that of reading alone, without training."
         if plan.speed is not None
@@ -129,7 +128,7 @@ def plan_lines(plan: Forecast) -> Iterator[str]:
     if len(plan.others) > 1:
         yield ""
         yield (
-            f"Hits in the last half of {plural(len(plan.epochs), 'epoch')}, by assignment and "
+            f"Hits in the last half of {counted(len(plan.epochs), 'epoch')}, by assignment and "
             "eviction:"
         )
         for way, ratio in plan.others.items():
@@ -139,7 +138,7 @@ def plan_lines(plan: Forecast) -> Iterator[str]:
 
 def _epoch(epoch: EpochForecast, currency: str) -> str:
     text = (
-        f"{epoch.hit_ratio:.1%} hits, {plural(epoch.requests, 'request')}, "
+        f"{epoch.hit_ratio:.1%} hits, {counted(epoch.requests, 'request')}, "
         f"{format_bytes(epoch.nbytes)}, {format_money(epoch.dollars)} {currency}"
     )
-    return text if epoch.seconds is None else f"{text}, {duration(epoch.seconds)}"
+    return text if epoch.seconds is None else f"{text}, {format_seconds(epoch.seconds)}"

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
-from zarrcache._units import format_bytes
-from zarrcache.cli.format import count, duration
+from zarrcache._units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +94,7 @@ class Meter:
         elif not self._is_quiet and time.monotonic() - self._line_s >= _LINE_EVERY_S:
             self._line_s = time.monotonic()
             left_s = (self._line_s - self._start_s) * (self._total - done) / max(1, done)
-            sys.stderr.write(f"{self._verb}: {self._text()}, {duration(left_s)} left\n")
+            sys.stderr.write(f"{self._verb}: {self._text()}, {format_seconds(left_s)} left\n")
             sys.stderr.flush()
 
     def _text(self) -> str:
@@ -103,11 +102,11 @@ class Meter:
         if not self._noun:
             rate = format_bytes(int(self._done / seconds))
             return f"{format_bytes(self._done)} of {format_bytes(self._total)}, {rate}/s"
-        text = f"{count(self._done)} of {count(self._total)} {self._noun}"
+        text = f"{self._done:,} of {self._total:,} {self._noun}"
         if self._fetched is not None:
             fetched = self._fetched()
             text += f", {format_bytes(fetched)}, {format_bytes(int(fetched / seconds))}/s"
-        return text + (f", {count(self._failed)} failed" if self._failed else "")
+        return text + (f", {self._failed:,} failed" if self._failed else "")
 
 
 @contextmanager

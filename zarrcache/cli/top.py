@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zarrcache._units import format_bytes
+from zarrcache._units import counted, format_bytes
 from zarrcache.cli.app import command, show, show_json
-from zarrcache.cli.format import count, plural
 from zarrcache.cli.options import Directory, Json, OptionalConfig, cache_source, check_output
 from zarrcache.errors import ConfigError
 from zarrcache.parallel import Terminated
@@ -100,7 +99,7 @@ def activity_lines(activity: Activity) -> list[str]:
     """Lines of ``zarrcache top``, at most 60 columns wide."""
     pids = activity.pids
     named = ", ".join(map(str, pids[:5])) + (", ..." if len(pids) > 5 else "")
-    runs = f"{plural(len(activity.boards), 'run')}, {plural(len(pids), 'process', 'processes')}"
+    runs = f"{counted(len(activity.boards), 'run')}, {counted(len(pids), 'process', 'processes')}"
     lines = [
         activity.directory if len(activity.directory) <= 60 else f"...{activity.directory[-57:]}",
         f"{runs} ({named})" if pids else "No process of this user uses this cache now.",
@@ -117,7 +116,7 @@ def activity_lines(activity: Activity) -> list[str]:
         ("requests to origin", "requests"),
         ("retries", "retries"),
     ):
-        row(name, f"{activity.per_second(counter):,.1f}", count(getattr(activity.total, counter)))
+        row(name, f"{activity.per_second(counter):,.1f}", f"{getattr(activity.total, counter):,}")
     for name, counter in (
         ("from the origin", "fetched_bytes"),
         ("from other nodes", "peer_bytes"),

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from zarrcache._keys import FLOAT32, ROLES, Missing
-from zarrcache._units import format_bytes
+from zarrcache._units import counted, format_bytes, format_seconds
 from zarrcache.cli.app import command, failures, say, show, show_json
-from zarrcache.cli.format import count, duration, plural
 from zarrcache.cli.options import (
     Config,
     Dask,
@@ -223,12 +222,12 @@ def nothing_selected(plan: WarmPlan, split: str) -> str:
     if not plan.missing:
         part = "has no ids" if split == "all" else f"has no ids in the {split} set"
         return f"{reader.functional} {part}. Check functional and map_dir ({reader.map_dir})."
-    ids = f"{plural(len(plan.missing), 'id')} of {reader.functional}"
+    ids = f"{counted(len(plan.missing), 'id')} of {reader.functional}"
     number = {
         reader.origin(role).url: len(reader.store_names(role).keys() & set(plan.missing))
         for role in ROLES
     }
-    found = ", ".join(f"{count(n)} in {url}" for url, n in number.items())
+    found = ", ".join(f"{n:,} in {url}" for url, n in number.items())
     return (
         f"none of the {ids} has a store for both input and label: {found}. Check data_dir, "
         f"label_dir and source ({reader.source}): the stores are <task_id>.zarr or .zarr.zip, or "
@@ -238,15 +237,15 @@ def nothing_selected(plan: WarmPlan, split: str) -> str:
 
 def format_warm_estimate(plan: WarmPlan, estimate: WarmEstimate) -> str:
     """One line for ``warm --dry-run``."""
-    densities = plural(plan.trusted + len(plan.densities), "density", "densities")
+    densities = counted(plan.trusted + len(plan.densities), "density", "densities")
     about = ""
     if estimate.compared < len(plan.densities):
-        about = f" (extrapolated from {count(estimate.compared)})"
+        about = f" (extrapolated from {estimate.compared:,})"
     return (
-        f"Would fetch {count(estimate.to_fetch)} of {densities} of "
-        f"{plural(len(plan.task_ids), 'id')}{about} "
-        f"({format_bytes(estimate.fetch_bytes)}, {plural(estimate.requests, 'request')}); "
-        f"{count(estimate.fresh)} fresh. "
+        f"Would fetch {estimate.to_fetch:,} of {densities} of "
+        f"{counted(len(plan.task_ids), 'id')}{about} "
+        f"({format_bytes(estimate.fetch_bytes)}, {counted(estimate.requests, 'request')}); "
+        f"{estimate.fresh:,} fresh. "
         "Dry run: nothing was fetched."
     )
 
@@ -257,11 +256,11 @@ def estimate_notes(plan: WarmPlan, estimate: WarmEstimate) -> list[str]:
     if estimate.lacking and not estimate.refusal:
         note = _lacking_note(estimate.lacking, plan.reader.if_missing)
         if estimate.compared < len(plan.densities):
-            note = f"Of {count(estimate.compared)} densities compared: {note}"
+            note = f"Of {estimate.compared:,} densities compared: {note}"
         notes.append(note)
     if estimate.unread:
         notes.append(
-            f"Which channels {plural(estimate.unread, 'file')} (CHGCAR, json.gz, .zarr.zip) have "
+            f"Which channels {counted(estimate.unread, 'file')} (CHGCAR, json.gz, .zarr.zip) have "
             "shows only when they are read: without --dry-run."
         )
     return notes
@@ -269,13 +268,13 @@ def estimate_notes(plan: WarmPlan, estimate: WarmEstimate) -> list[str]:
 
 def format_warm_report(report: WarmReport, directory: object) -> str:
     """One line for ``warm``."""
-    fresh = f"; {count(report.fresh)} fresh already" if report.fresh else ""
+    fresh = f"; {report.fresh:,} fresh already" if report.fresh else ""
     cost = (
-        f"{format_bytes(report.nbytes)} decoded, {plural(report.stats.requests, 'request')}{fresh}"
+        f"{format_bytes(report.nbytes)} decoded, {counted(report.stats.requests, 'request')}{fresh}"
     )
     return (
-        f"Warmed {count(report.warm)} of {plural(report.ids, 'id')} ({cost}) in {directory} in "
-        f"{duration(report.seconds)}; {count(len(report.failed_ids))} failed."
+        f"Warmed {report.warm:,} of {counted(report.ids, 'id')} ({cost}) in {directory} in "
+        f"{format_seconds(report.seconds)}; {len(report.failed_ids):,} failed."
     )
 
 
@@ -285,7 +284,7 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
 
     notes = []
     if plan.trusted and not plan.revalidate:
-        trusted = plural(plan.trusted, "density was", "densities were")
+        trusted = counted(plan.trusted, "density was", "densities were")
         notes.append(
             f"{trusted} in the cache already, and not compared with the origin (cache.revalidate: "
             "never). Pass --revalidate to compare."
@@ -297,7 +296,7 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
         )
     if report.unequal:
         notes.append(
-            f"{plural(len(report.unequal), 'id')} with input and label on different grids: "
+            f"{counted(len(report.unequal), 'id')} with input and label on different grids: "
             f"{first_ids(report.unequal)}. If the network needs equal grids, leave them out of "
             "the map."
         )
@@ -310,7 +309,7 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
         )
     if report.untried:
         limit = format_bytes(plan.limit_bytes or 0)
-        notes.append(f"{plural(report.untried, 'id')} left out: --limit ({limit}) is reached.")
+        notes.append(f"{counted(report.untried, 'id')} left out: --limit ({limit}) is reached.")
     is_full = report.bypassed and not report.stats.cache_errors and not report.is_disk_full
     if is_full and report.warm:
         notes.append(_limit_reached(plan, report))
@@ -320,11 +319,11 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
 def warm_errors(plan: WarmPlan, report: WarmReport) -> list[str]:
     """Why ``warm`` fails, beside densities that cannot be read, one per line."""
     if report.stats.cache_errors:
-        times = plural(report.stats.cache_errors, "time")
+        times = counted(report.stats.cache_errors, "time")
         advice = "Run `zarrcache doctor` with the same config."
         return [f"the cache in {plan.cache.dir} failed {times}, see above. {advice}"]
     if report.bypassed and report.is_disk_full:
-        left_out = f"{plural(len(report.bypassed), 'id')} did not fit"
+        left_out = f"{counted(len(report.bypassed), 'id')} did not fit"
         full = f"the disk of {plan.cache.dir} is full, or cache.min_free is reached"
         advice = "Free space there, or choose a larger disk."
         needed = f"{_needed(report)}. " if report.needed_bytes else ""
@@ -338,7 +337,7 @@ def _limit_reached(plan: WarmPlan, report: WarmReport) -> str:
     if plan.cache.arrays.encoding == FLOAT32:
         smaller = " Entries in float16 take half the room (cache.arrays.encoding)."
     return (
-        f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit "
+        f"{counted(len(report.bypassed), 'id')} did not fit: cache.limit "
         f"({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and training will read "
         "what did not fit from the origin in every epoch. "
         f"{raise_it} cache.limit, or free space with `zarrcache evict`.{smaller}"
@@ -356,6 +355,6 @@ def _lacking_note(task_ids: Sequence[str], missing: Missing) -> str:
     becomes = {"zero": "it is zero there", "drop": "they are left out of the split"}
     lack = "lacks" if len(task_ids) == 1 else "lack"
     return (
-        f"{plural(len(task_ids), 'id')} {lack} a channel of density_type; {becomes[missing]} "
+        f"{counted(len(task_ids), 'id')} {lack} a channel of density_type; {becomes[missing]} "
         f"(missing: {missing}): {first_ids(task_ids)}."
     )

@@ -19,7 +19,7 @@ from zarrcache.convert.formats import InputFormat, format_of, is_density_name, t
 from zarrcache.convert.parsers import RawDensity, pymatgen_version
 from zarrcache.errors import ConfigError, SchemaError
 
-__all__ = ["ChargeDensity", "check_blocks", "read_density"]
+__all__ = ["ChargeDensity", "check_blocks", "check_name", "read_density"]
 
 #: Largest distance of ``mean(total)`` from a whole number. 36 of 36 labels of the Materials Project
 #: are within 1e-4.
@@ -107,8 +107,8 @@ def read_density(
         The file cannot be opened.
     """
     task_id = task_id or task_id_of(path)
-    if strict and _POTENTIAL.search(path.name) and not is_density_name(path.name):
-        raise _no_density(path, "its name is that of a potential (LOCPOT), not of a density")
+    if strict:
+        check_name(path)
     parsed = _parse(path, format_of(path.name, formats).read)
     wanted = {"total": parsed.blocks["total"]}
     collinear = "diff" in parsed.blocks and "diff_x" not in parsed.blocks
@@ -187,6 +187,12 @@ def check_blocks(
                 "density looks wrong."
             )
     return notes
+
+
+def check_name(path: Path) -> None:
+    """Raise SchemaError if a file has the name of a potential, and not also that of a density."""
+    if _POTENTIAL.search(path.name) and not is_density_name(path.name):
+        raise _no_density(path, "its name is that of a potential (LOCPOT), not of a density")
 
 
 def _no_density(path: Path, why: str) -> SchemaError:

@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 from zarrcache._units import whole_number
 from zarrcache.convert.converter import Converter, ConvertResult, Elsewhere, is_s3
+from zarrcache.convert.density import check_name
 from zarrcache.convert.durable import make_directory, sync_directory
-from zarrcache.convert.formats import LeftOut, Naming, find_files, registered_formats
+from zarrcache.convert.formats import LeftOut, Naming, Sources, find_files, registered_formats
 from zarrcache.convert.writer import DEFAULT_CHUNKS, check_layout, sweep_partials, witness_in
-from zarrcache.errors import ConfigError, ZarrCacheError
+from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.origin import refuse_secrets, split_s3_url
 from zarrcache.parallel import Died, Engine, cores, spread
 
@@ -68,8 +69,8 @@ class ConvertPlan:
     workers : int
         Processes; 1 is this process itself.
     refused : tuple of ConvertResult
-        Not converted: another file's store is there, a file gives no task id, or a directory
-        cannot be read. They are ``failed`` in the report.
+        Not converted: another file's store is there, a file gives no task id or has the name of a
+        potential, or a directory cannot be read. They are ``failed`` in the report.
     left_out : tuple of LeftOut
         Files that resemble densities but are not converted, each with the reason.
     unrecorded : tuple of Path
@@ -301,17 +302,13 @@ def plan_convert(
         units=units,
         dtype=dtype,
     )
-    ids = found.files
+    unusable = _unusable(found, strict=strict)
+    ids = {path: task_id for path, task_id in found.files.items() if path not in unusable}
     verdicts = {} if overwrite else convert.verdicts(ids)
     convert.replace = frozenset(
         convert.name_of(ids[path]) for path, verdict in verdicts.items() if verdict.is_damaged
     )
     todo = tuple(path for path in ids if path not in verdicts or verdicts[path].is_damaged)
-    unusable = found.nameless | {
-        item.path: f"{item.path} {item.reason}: files in it are missing here. Make it readable "
-        "(chmod u+rx)."
-        for item in found.unreadable
-    }
     refused = [ConvertResult(path, "", "", error=error) for path, error in unusable.items()]
     refused += [
         convert.result(path, ids[path], error=verdict.error)
@@ -331,6 +328,21 @@ def plan_convert(
         left_out=found.left_out,
         unrecorded=tuple(path for path in skipped if verdicts[path].existing.source is None),
     )
+
+
+def _unusable(found: Sources, *, strict: bool) -> dict[Path, str]:
+    """Errors of the files and directories that cannot be converted, as far as names show it."""
+    errors = found.nameless | {
+        item.path: f"{item.path} {item.reason}: files in it are missing here. Make it readable "
+        "(chmod u+rx)."
+        for item in found.unreadable
+    }
+    for path in found.files if strict else ():
+        try:
+            check_name(path)
+        except SchemaError as exc:
+            errors[path] = str(exc)
+    return errors
 
 
 def _destination_of(dst: str | os.PathLike[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from zarrcache.cli.format import count, duration, plural
+from zarrcache._units import counted, format_seconds
 from zarrcache.cli.progress import Meter
 
 
@@ -24,16 +24,12 @@ from zarrcache.cli.progress import Meter
     ],
 )
 def test_durations_have_at_most_two_units(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+    assert format_seconds(seconds) == words
 
 
 def test_numbers_are_grouped_and_nouns_agree() -> None:
-    assert (count(7), count(98302), count(1234567)) == ("7", "98 302", "1 234 567")
-    assert (plural(1, "entry", "entries"), plural(1204, "id"), plural(0, "id")) == (
-        "1 entry",
-        "1 204 ids",
-        "0 ids",
-    )
+    found = counted(1, "entry", "entries"), counted(1234567, "id"), counted(0, "id")
+    assert found == ("1 entry", "1,234,567 ids", "0 ids")
 
 
 def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
@@ -50,10 +46,10 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
     assert out == ""
     lines = err.splitlines()
     assert len(lines) == 3
-    assert lines[0] == "Warming: 40 of 2 408 densities, 50.0 MiB, 5.0 MiB/s, 9 min 52 s left"
+    assert lines[0] == "Warming: 40 of 2,408 densities, 50.0 MiB, 5.0 MiB/s, 9 min 52 s left"
     assert (
         lines[2]
-        == "Warming: 120 of 2 408 densities, 50.0 MiB, 1.7 MiB/s, 1 failed, 9 min 32 s left"
+        == "Warming: 120 of 2,408 densities, 50.0 MiB, 1.7 MiB/s, 1 failed, 9 min 32 s left"
     )
 
 
