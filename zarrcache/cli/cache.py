@@ -308,8 +308,8 @@ def status_lines(state: Status) -> list[str]:
         ]
         if covered.to_encode:
             lines.append(
-                f"{'':<12} {counted(covered.to_encode, 'id')} of these still in float32; `zarrcache "
-                "warm` or the next read encodes them without fetching"
+                f"{'':<12} {counted(covered.to_encode, 'id')} of these still in float32; "
+                "`zarrcache warm` or the next read encodes them without fetching"
             )
         lines += [f"{'':<12} {text}" for text in covered.several_sources]
     return lines

@@ -28,13 +28,17 @@ from zarrcache.cli.options import (
     s3_options,
     whole,
 )
-
 from zarrcache.errors import ConfigError
 
 if TYPE_CHECKING:
     from zarrcache.convert import ConvertPlan, ConvertReport, ConvertResult
 
 __all__ = ["convert"]
+
+_DRY_RUN = (
+    "Dry run: nothing was written. Values were not read: a file that is cut short, or a potential "
+    "(LOCPOT) named like a density, is refused when it is converted."
+)
 
 
 @command(resumable=True)
@@ -227,8 +231,7 @@ def format_convert_plan(plan: ConvertPlan) -> str:
         (
             summary,
             *(f"  {ids[path]:{width}}  {path}" for path in plan.files),
-            "Dry run: nothing was written. Values were not read: a file that is cut short, or a "
-            "potential (LOCPOT) named like a density, is refused when it is converted.",
+            _DRY_RUN,
         )
     )
 
