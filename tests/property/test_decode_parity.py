@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from zarrcache.arrays import OriginArray, read_array
+from zarrcache.arrays import OriginArray, density_of_group, read_array
 from zarrcache.errors import IncompleteArrayError, SchemaError
 from zarrcache.origin._local import LocalOrigin
 
@@ -310,6 +311,7 @@ def v3_codecs(*codecs: dict[str, Any], endian: str = "little") -> dict[str, Any]
     return {"zarr_format": 3, "codecs": [raw, *codecs]}
 
 
+SWAPPED = ">" if sys.byteorder == "little" else "<"
 DELTA = {"name": "numcodecs.delta", "configuration": {"dtype": "<f4", "astype": "<f8"}}
 UNUSUAL: dict[str, dict[str, Any]] = {
     "filters that widen": {
@@ -355,8 +357,47 @@ def test_filtered_numbers_of_the_other_byte_order_are_read_right_or_refused(tmp_
     if np.array_equal(misread, values):
         np.testing.assert_array_equal(read_array(what).array, values)
     else:
-        with pytest.raises(SchemaError, match="misreads swapped bytes behind a filter"):
-            read_array(what)
+        check_that_byte_order_is_refused(tmp_path)
+
+
+def check_that_byte_order_is_refused(directory: Path) -> None:
+    """In both ways to read ``rho`` of ``mp-1.zarr``."""
+    with pytest.raises(SchemaError, match="numbers in the other byte order"):
+        read_array(OriginArray(LocalOrigin(str(directory)), "mp-1.zarr", "rho"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in `write`
+        group = zarr.open_group(str(directory / "mp-1.zarr"), mode="r")
+        with pytest.raises(SchemaError, match="numbers in the other byte order"):
+            density_of_group(group, "rho", "mp-1.zarr")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "delta", "dtype": "f4"},
+        {"name": "quantize", "dtype": "f4", "digits": 3},
+        {"name": "fixedscaleoffset", "dtype": "f4", "astype": "i4", "offset": 0, "scale": 9},
+        {"name": "astype", "encode_dtype": "f8", "decode_dtype": "f4"},
+    ],
+    ids=lambda settings: settings["name"],
+)
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_filter_set_to_the_other_byte_order_is_refused(
+    tmp_path: Path, settings: dict[str, Any], is_sharded: bool
+) -> None:
+    """No version of zarr reads back what it writes with such settings in format 3."""
+    settings = {key: SWAPPED + value if "type" in key else value for key, value in settings.items()}
+    array = v3_codecs()
+    array["codecs"].insert(
+        0, {"name": f"numcodecs.{settings.pop('name')}", "configuration": settings}
+    )
+    if is_sharded:
+        inner = {"chunk_shape": [1, 2, 3], "codecs": array["codecs"]}
+        array["codecs"] = [{"name": "sharding_indexed", "configuration": inner}]
+    values = np.arange(96, dtype="f4").reshape(4, 4, 6)
+    shape = {"shape": values.shape, "chunks": (2, 4, 6), "dtype": "f4", "fill_value": 0}
+    write_chain(tmp_path / "mp-1.zarr", {**shape, **array}, values)
+    check_that_byte_order_is_refused(tmp_path)
 
 
 @LAX

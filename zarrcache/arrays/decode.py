@@ -11,10 +11,12 @@ macOS leaves beside them.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import operator
 import re
+import sys
 from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -563,6 +565,48 @@ def _check_codecs(document: Mapping[str, Any], url: str) -> None:
             f"{url} uses the codec {', '.join(used & _OBJECT_CODECS)}, which makes objects of the "
             "data; it is refused."
         )
+    if "data_type" in document and _misreads(document.get("codecs")):
+        raise SchemaError(
+            f"{url} has a filter of numbers in the other byte order, which zarr {_zarr_version()} "
+            "misreads. Convert the store again."
+        )
+
+
+def _misreads(codecs: Any, has_filter: bool = False) -> bool:
+    """Whether a filter of v3 gets, or makes, numbers of the other byte order.
+
+    In v3 only ``bytes`` decides about the order: no version of zarr reads back right what it wrote
+    with such settings of a filter, and versions before 3.4 misread such ``bytes`` behind a filter.
+    """
+    for codec in codecs if isinstance(codecs, list) else ():
+        settings = codec.get("configuration") if isinstance(codec, dict) else None
+        if not isinstance(settings, dict):
+            settings = {}
+        name = codec.get("name") if isinstance(codec, dict) else codec
+        if name == "sharding_indexed":
+            return _misreads(settings.get("codecs"), has_filter)
+        if name in ("bytes", "endian"):
+            endian = settings.get("endian")
+            return has_filter and endian in {"little", "big"} - {sys.byteorder} and _is_old_zarr()
+        if name != "transpose":
+            has_filter = True
+            if any(map(_is_swapped, settings.values())):
+                return True
+    return False
+
+
+def _is_swapped(setting: object) -> bool:
+    """Whether a setting is a data type of the other byte order."""
+    swapped = ">" if sys.byteorder == "little" else "<"
+    return isinstance(setting, str) and setting.startswith(swapped)
+
+
+def _zarr_version() -> str:
+    return importlib.metadata.version("zarr")
+
+
+def _is_old_zarr() -> bool:
+    return tuple(map(int, _zarr_version().split(".")[:2])) < (3, 4)
 
 
 def _claimed_bytes(document: Mapping[str, Any]) -> int:

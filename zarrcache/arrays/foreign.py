@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -134,12 +133,6 @@ def _serve(connection: Connection, zarr_format: Literal[2, 3], room: int) -> Non
         except Exception as exc:  # noqa: BLE001 the parent raises it
             connection.send(("unknown", f"{type(exc).__name__}: {exc}"[:500]))
             return
-        version = tuple(map(int, zarr.__version__.split(".")[:2]))
-        metadata: Any = array.metadata
-        if version < (3, 4) and zarr_format == 3 and _is_swapped(metadata.codecs):
-            words = f"zarr {zarr.__version__} misreads swapped bytes behind a filter, 3.4 does not"
-            connection.send(("unknown", words))
-            return
         values = np.asarray(array[...])
         values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
         connection.send(("array", values.shape, values.dtype))
@@ -149,19 +142,6 @@ def _serve(connection: Connection, zarr_format: Literal[2, 3], room: int) -> Non
         connection.send(("memory", ""))
     except Exception as exc:  # noqa: BLE001 the parent raises it
         connection.send(("damaged", f"{type(exc).__name__}: {exc}"[:500]))
-
-
-def _is_swapped(codecs: Iterable[Any], has_filter: bool = False) -> bool:
-    """Whether a filter gets numbers of the other byte order, which zarr before 3.4 ignores."""
-    from zarr.codecs import BytesCodec, ShardingCodec, TransposeCodec
-
-    for codec in codecs:
-        if isinstance(codec, ShardingCodec):
-            return _is_swapped(codec.codecs, has_filter)
-        if isinstance(codec, BytesCodec):
-            return has_filter and codec.endian is not None and codec.endian.value != sys.byteorder
-        has_filter = has_filter or not isinstance(codec, TransposeCodec)
-    return False
 
 
 def _limit_memory(nbytes: int) -> None:
