@@ -396,7 +396,7 @@ def test_densities_that_are_not_there_are_named_with_their_lines(
         ({"datasets": [{"split_file": "a.json"}]}, "dataset 0 has no root"),
         ({"precision": "f64"}, "precision is 'f64'"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"val_frac": 1.0}, "all 4 samples would be held out"),
+        ({"val_frac": 1.0}, r"val_frac is 1\.0"),
         ({"val_frac": -0.1}, "val_frac is -0.1"),
         ({"cache": {"dri": "/c"}}, r"cache\.dri is not a setting|cache\.dir is missing"),
         ({"source": "npz"}, "source is 'npz'"),

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from zarrcache.data.lock import (
-    DataLock,
-    LockedDensity,
-    LockFile,
-    crc_of,
-    differences,
-    digest_of,
-)
+from zarrcache.data.lock import DataLock, LockedDensity, crc_of, differences, digest_of
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.pairs import PairReader
-from zarrcache.data.reader import (
-    ZarrS3Reader,
-    distinct_directories,
-    open_reader,
-)
+from zarrcache.data.reader import ZarrS3Reader, distinct_directories, open_reader
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import (
     Split,
@@ -32,7 +21,6 @@ from zarrcache.data.splits import (
 __all__ = [
     "DataLock",
     "Density",
-    "LockFile",
     "LockedDensity",
     "PairReader",
     "Read",

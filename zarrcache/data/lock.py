@@ -146,96 +146,9 @@ class DataLock:
                 "`zarrcache lock`."
             ) from exc
 
-    def check_settings(self, settings: Mapping[str, Any], where: str) -> None:
-        """Raise if a config differs from the lock.
-
-        Raises
-        ------
-        ConfigError
-            Names the first setting that differs.
-        """
-        for key, locked in self.settings.items():
-            if key != _SPLIT_FILE and settings.get(key) != locked:
-                given, wanted = (
-                    # As configs say it; locks name the unit.
-                    False if key == "normalize_data" and value == "cell" else value
-                    for value in (settings.get(key), locked)
-                )
-                raise ConfigError(
-                    f"{key} is {safe_repr(given)}, but {where} is for {safe_repr(wanted)}. "
-                    "Change the config, or write a lock for it with `zarrcache lock`."
-                )
-
-    def check_split(self, split: Split | None, where: str) -> None:
-        """Raise if the lock is for another split file.
-
-        Parameters
-        ----------
-        split : Split or None
-            None: the training uses none.
-
-        Raises
-        ------
-        ConfigError
-        """
-        locked = self.settings.get(_SPLIT_FILE)
-        if locked is not None and (split is None or digest_of(split) != locked):
-            raise ConfigError(
-                f"{where} is for another split file: a material could be trained on that is for "
-                "testing. Restore split_file, or write another lock with `zarrcache lock`."
-            )
-
-    def check_ids(self, task_ids: Sequence[str], where: str) -> None:
-        """Raise if the materials, or their order, differ from the lock.
-
-        Raises
-        ------
-        ConfigError
-            Names the first difference.
-        """
-        for problem in _id_differences(list(self.densities), list(task_ids)):
-            raise ConfigError(
-                f"the data is not that of {where}: {problem}. Restore the data, or write another "
-                "lock with `zarrcache lock`."
-            )
-
-    def check_values(
-        self, task_id: str, name: str, values: NDArray[np.float32] | None, where: str
-    ) -> None:
-        """Raise if a density differs from the lock.
-
-        Parameters
-        ----------
-        name : str
-            As in `densities`: a role, or a role and a channel.
-        values : (nx, ny, nz) array of float32, or None
-            None: the material lacks this channel, and it is filled with zeros.
-
-        Raises
-        ------
-        IncompleteArrayError
-            Names the density.
-        """
-        locked = self.densities.get(task_id, {}).get(name)
-        if locked is None and values is None and task_id in self.densities:
-            return
-        if locked is None and task_id in self.densities:
-            raise IncompleteArrayError(
-                f"{task_id} has no {name} in {where}. Write another lock with `zarrcache lock`."
-            )
-        if locked is None:
-            raise IncompleteArrayError(
-                f"{task_id} is not in {where}. Write another lock with `zarrcache lock`."
-            )
-        if values is None or values.shape != locked.shape or crc_of(values) != locked.crc32c:
-            raise IncompleteArrayError(
-                f"{task_id} ({name}) has other values than in {where}. `zarrcache diff` lists all "
-                "differences; restore the data, or write another lock with `zarrcache lock`."
-            )
-
 
 class LockFile:
-    """A lock file that is read at its first use in a process.
+    """Compares what a training reads with a lock file, which is read at its first use in a process.
 
     Parameters
     ----------
@@ -259,17 +172,81 @@ class LockFile:
         return DataLock.load(self.path)
 
     def check(self, settings: Mapping[str, Any], task_ids: Sequence[str]) -> None:
-        """See `DataLock.check_settings` and `DataLock.check_ids`."""
-        self.lock.check_settings(settings, str(self.path))
-        self.lock.check_ids(task_ids, str(self.path))
+        """Raise if a config, the materials or their order differ from the lock.
+
+        Raises
+        ------
+        ConfigError
+            Names the first difference.
+        """
+        for key, locked in self.lock.settings.items():
+            if key != _SPLIT_FILE and settings.get(key) != locked:
+                given, wanted = (
+                    # As configs say it; locks name the unit.
+                    False if key == "normalize_data" and value == "cell" else value
+                    for value in (settings.get(key), locked)
+                )
+                raise ConfigError(
+                    f"{key} is {safe_repr(given)}, but {self.path} is for {safe_repr(wanted)}. "
+                    "Change the config, or write a lock for it with `zarrcache lock`."
+                )
+        for problem in _id_differences(list(self.lock.densities), list(task_ids)):
+            raise ConfigError(
+                f"the data is not that of {self.path}: {problem}. Restore the data, or write "
+                "another lock with `zarrcache lock`."
+            )
 
     def check_split(self, split: Split | None) -> None:
-        """See `DataLock.check_split`."""
-        self.lock.check_split(split, str(self.path))
+        """Raise if the lock is for another split file.
+
+        Parameters
+        ----------
+        split : Split or None
+            None: the training uses none.
+
+        Raises
+        ------
+        ConfigError
+        """
+        locked = self.lock.settings.get(_SPLIT_FILE)
+        if locked is not None and (split is None or digest_of(split) != locked):
+            raise ConfigError(
+                f"{self.path} is for another split file: a material could be trained on that is "
+                "for testing. Restore split_file, or write another lock with `zarrcache lock`."
+            )
 
     def check_values(self, task_id: str, name: str, values: NDArray[np.float32] | None) -> None:
-        """See `DataLock.check_values`."""
-        self.lock.check_values(task_id, name, values, str(self.path))
+        """Raise if a density differs from the lock.
+
+        Parameters
+        ----------
+        name : str
+            As in `DataLock.densities`: a role, or a role and a channel.
+        values : (nx, ny, nz) array of float32, or None
+            None: the material lacks this channel, and it is filled with zeros.
+
+        Raises
+        ------
+        IncompleteArrayError
+            Names the density.
+        """
+        of_material = self.lock.densities.get(task_id)
+        if of_material is None:
+            raise IncompleteArrayError(
+                f"{task_id} is not in {self.path}. Write another lock with `zarrcache lock`."
+            )
+        locked = of_material.get(name)
+        if locked is None:
+            if values is None:
+                return
+            raise IncompleteArrayError(
+                f"{task_id} has no {name} in {self.path}. Write another lock with `zarrcache lock`."
+            )
+        if values is None or values.shape != locked.shape or crc_of(values) != locked.crc32c:
+            raise IncompleteArrayError(
+                f"{task_id} ({name}) has other values than in {self.path}. `zarrcache diff` lists "
+                "all differences; restore the data, or write another lock with `zarrcache lock`."
+            )
 
 
 def differences(first: DataLock, second: DataLock) -> Iterator[str]:

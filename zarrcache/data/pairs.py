@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
@@ -33,7 +33,6 @@ from zarrcache._keys import (
 from zarrcache._units import counted
 from zarrcache.arrays import kinds_of
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data.absences import check_lacking
 from zarrcache.data.lock import LockFile
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import (
@@ -47,10 +46,10 @@ from zarrcache.data.splits import (
     split_ids,
 )
 from zarrcache.disk import LazyGrid, LazyStack
-from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
+from zarrcache.errors import ConfigError, ZarrCacheError
 from zarrcache.stats import LogOnce
 
-__all__ = ["Normalize", "PairReader", "as_lazy", "as_our_error", "only_our_errors"]
+__all__ = ["Complete", "Normalize", "PairReader", "as_lazy", "as_our_error", "only_our_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +64,8 @@ class _Present(NamedTuple):
     missing: tuple[str, ...]
 
 
-class _Complete(NamedTuple):
-    """Ids that are split, and those left out because they lack a channel."""
+class Complete(NamedTuple):
+    """Ids that can be trained on, and those left out because they lack a channel."""
 
     ids: tuple[str, ...]
     dropped: tuple[str, ...]
@@ -115,9 +114,18 @@ class PairReader(ABC):
             )
         self.if_missing = missing
         self._log_once = LogOnce()
-        self.density_type = density_type
+        try:
+            self._density_type = check_density_type(density_type)
+        except ValueError as exc:
+            raise ConfigError(f"density_type: {exc}.") from None
+        self._arrays = arrays_of(self._density_type)
+        names = {name for arrays in self._arrays.values() for name in arrays}
+        #: Whether materials may lack a channel.
+        self._has_optional = names != {density_array("total")}
+        self._drops = self._has_optional and missing == "drop"
         self.s3_kwargs = s3_kwargs or {}
         self._known_ids: dict[tuple[Path, str], _Present] = {}
+        self._complete: dict[tuple[Path, str], Complete] = {}
         self._mapped: dict[tuple[Path, str], list[str]] = {}
         config = None if cache is None else CacheConfig.of(cache)
         self._lock = None if config is None or config.lock is None else LockFile(config.lock)
@@ -166,23 +174,6 @@ class PairReader(ABC):
     def density_type(self) -> Any:
         """A name, a tuple of those of several channels, or a dict of both roles to these."""
         return self._density_type
-
-    @density_type.setter
-    def density_type(self, value: DensityType) -> None:
-        try:
-            self._density_type = check_density_type(value)
-        except ValueError as exc:
-            raise ConfigError(f"density_type: {exc}.") from None
-        self._arrays = arrays_of(self._density_type)
-        self._forget_channels()
-        names = {name for arrays in self._arrays.values() for name in arrays}
-        #: Whether materials may lack a channel.
-        self._has_optional = names != {density_array("total")}
-        self._fills = self._has_optional and self.if_missing == "zero"
-
-    def _forget_channels(self) -> None:
-        """Forget what depends on ``density_type``."""
-        self._complete: dict[tuple[Path, str], _Complete] = {}
 
     @abstractmethod
     def store_names(self, role: Role) -> Mapping[str, Any]:
@@ -419,10 +410,10 @@ class PairReader(ABC):
         )
         if self._lock is not None:
             self._lock.check_split(split)
-        if not (decided and self._has_optional):
+        if not decided:
             return split
         parts = split.train, split.validation, split.test
-        kept = frozenset(self._decided([id_ for part in parts for id_ in part]).ids)
+        kept = frozenset(self._decide([id_ for part in parts for id_ in part]).ids)
         return Split(*(tuple(id_ for id_ in part if id_ in kept) for part in parts))
 
     def data_split(self) -> tuple[SplitSets, SplitSets]:
@@ -484,12 +475,12 @@ class PairReader(ABC):
                     first_ids(missing),
                 )
             ids = tuple(id_ for id_ in wanted if id_ in data and id_ in label)
-            if self._lock is not None and not (self._has_optional and self.if_missing == "drop"):
+            if self._lock is not None and not self._drops:
                 self._lock.check(self.lock_settings, ids)
             self._known_ids[key] = _Present(ids, missing)
         return self._known_ids[key]
 
-    def _completed(self) -> _Complete:
+    def _completed(self) -> Complete:
         """Ids that are split: those present, of which ``missing`` decides if they lack a channel.
 
         Raises
@@ -497,91 +488,27 @@ class PairReader(ABC):
         ConfigError
             Some lack one, and they are neither to be filled nor dropped.
         """
-        present = self._present().ids
-        if not self._has_optional:
-            return _Complete(present, ())
         key = self.map_dir, self.functional
         if key not in self._complete:
-            complete = self._decided(present)
-            if self._lock is not None and self.if_missing == "drop":
+            complete = self._decide(self._present().ids)
+            if self._lock is not None and self._drops:
                 self._lock.check(self.lock_settings, complete.ids)
             self._complete[key] = complete
         return self._complete[key]
 
-    def with_channels(self, task_ids: Sequence[str]) -> list[str]:
-        """Those of ``task_ids`` that can be trained on: ``missing`` decides about those that lack a
-        channel, as in the split.
+    def _decide(self, task_ids: Sequence[str]) -> Complete:
+        """Which materials can be trained on. Here all: a file shows its channels when it is read.
 
         Raises
         ------
         ConfigError
-            Some lack one, and they are neither to be filled nor dropped.
-        SchemaError
-            The channels of some are cached and on different grids.
+            Some lack a channel, and ``missing`` is ``error``.
         """
-        return list(self._decided(task_ids).ids if self._has_optional else task_ids)
-
-    def refusal(self) -> str:
-        """The error that the split raises because materials lack channels, by what is known.
-
-        Empty if it raises none, or if the channels of too few materials are known. Sends no request
-        if the directories were listed.
-        """
-        lacking = self.known_lacking() if self._has_optional else {}
-        if not lacking:
-            return ""
-        try:
-            ids: Sequence[str] = self._present().ids
-            if self.split_file is not None:
-                split = self.split_of_file(self.split_file, decided=False)
-                ids = [*split.train, *split.validation, *split.test]
-            self._check_lacking({id_: lacking[id_] for id_ in ids if id_ in lacking}, len(ids))
-        except ConfigError as exc:
-            return str(exc)
-        return ""
-
-    def _decided(self, task_ids: Sequence[str]) -> _Complete:
-        lacking = self.find_lacking(task_ids)
-        if lacking:
-            found = self._check_lacking(lacking, len(task_ids))
-            becomes = "These channels are zero"
-            if self.if_missing == "drop":
-                becomes = "They are left out of the split"
-            self._log_once.warning(
-                self.if_missing, logger, "%s. %s (missing: %s).", found, becomes, self.if_missing
-            )
-        dropped = lacking if self.if_missing == "drop" else {}
-        kept = tuple(id_ for id_ in task_ids if id_ not in dropped)
-        uneven = self.uneven_channels(kept)
-        if uneven:
-            first, *others = uneven.values()
-            more = f" {len(others)} more have such channels: {first_ids([*uneven][1:])}."
-            raise SchemaError(first + (more if others else ""))
-        return _Complete(kept, tuple(dropped))
-
-    def _check_lacking(self, lacking: Mapping[str, Sequence[Channel]], count: int) -> str:
-        return check_lacking(
-            lacking, count, self.if_missing, self._arrays, self._urls(), self.map_dir
-        )
+        return Complete(tuple(task_ids), ())
 
     def lacks(self, task_id: str, role: Role, array: str) -> bool:
         """Whether a channel of a material is filled with zeros, because the origin lacks it."""
         return False
-
-    def find_lacking(self, task_ids: Iterable[str]) -> dict[str, list[Channel]]:
-        """Which channels the materials lack, by task id; those that lack none are left out.
-
-        Empty for a reader that finds out only when it reads them.
-        """
-        return {}
-
-    def known_lacking(self) -> Mapping[str, Sequence[Channel]]:
-        """As `find_lacking` for all materials, as far as it is known without asking the origin."""
-        return {}
-
-    def uneven_channels(self, task_ids: Iterable[str]) -> dict[str, str]:
-        """Errors of materials whose channels are cached and on different grids, by task id."""
-        return {}
 
     def _urls(self) -> tuple[str, str]:
         """URLs of input and label, for messages."""

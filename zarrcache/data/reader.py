@@ -1,18 +1,12 @@
-"""``ZarrS3Reader`` finds the store of a task id; `ReadThrough` reads it.
-
-zarr is imported only when it is needed: it takes 0.1 s of the 0.45 s in which the look-ahead
-process starts.
-"""
+"""`ZarrS3Reader`: finds the source of each density in two directories, and reads it."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,53 +24,37 @@ from zarrcache._keys import (
     cached_property,
     check_task_id,
     density_array,
-    density_name,
     safe_repr,
     units_of,
 )
 from zarrcache._units import format_bytes
-from zarrcache.arrays import (
-    StoreAttributes,
-    cell_volume,
-    choose,
-    electrons_in,
-    ends_of,
-    metadata_in,
-    metadata_of,
-    several_sources,
-    sources_of,
-)
+from zarrcache.arrays import StoreAttributes, choose, ends_of, several_sources, sources_of
 from zarrcache.cache import AttributesThrough, Cache, OnFlaws, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data.absences import Absences
+from zarrcache.data.channels import Absences, CachedGrids, common_grid
 from zarrcache.data.observers import Read, ReadObserver
-from zarrcache.data.pairs import PairReader, only_our_errors
+from zarrcache.data.pairs import Complete, only_our_errors
 from zarrcache.data.sequences import Density
-from zarrcache.data.splits import Split, first_ids
-from zarrcache.disk import CACHE_FAULTS, LazyGrid, LazyStack
-from zarrcache.errors import (
-    ArrayNotFoundError,
-    ConfigError,
-    OriginNotFoundError,
-    SchemaError,
-)
+from zarrcache.data.splits import Split
+from zarrcache.data.stores import StoreReader, flat
+from zarrcache.disk import LazyGrid, LazyStack
+from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats, html_table
 
 if TYPE_CHECKING:
     import s3fs
-    import zarr
 
 __all__ = ["ZarrS3Reader", "distinct_directories", "open_reader"]
 
+_T = TypeVar("_T")
+_Grid = TypeVar("_Grid", NDArray[np.float32], LazyGrid)
 logger = logging.getLogger(__name__)
 
-_GRIDS_COMPARED = 1000
-_Grid = TypeVar("_Grid", NDArray[np.float32], LazyGrid)
 _OUTCOMES: tuple[Outcome, ...] = ("hit", "miss", "bypass")
 
 
-class ZarrS3Reader(PairReader):
+class ZarrS3Reader(StoreReader):
     """Pairs of charge densities (input and label) from Zarr stores or unconverted files.
 
     >>> cache = {"dir": "/scratch/me"}
@@ -137,6 +115,14 @@ class ZarrS3Reader(PairReader):
     ----------
     s3fs : s3fs.S3FileSystem
         Created from ``s3_kwargs`` if a directory is on S3.
+    roles : tuple
+        ``("data", "label")``, or ``("data",)`` if both are the same directory.
+    channels : tuple of Channel
+        What a sample is made of; each array once if both directories are the same.
+    absences : Absences
+        Which channels the materials lack.
+    grids : CachedGrids
+        Which cached densities do not fit each other.
     """
 
     _unit = "store"
@@ -157,21 +143,19 @@ class ZarrS3Reader(PairReader):
             "data": self._cache.origin(str(self.data_dir), self.s3_kwargs),
             "label": self._cache.origin(str(self.label_dir), self.s3_kwargs),
         }
-        self._roles = ROLES[: len(distinct_directories(self._origins))]
+        self.roles = ROLES[: len(distinct_directories(self._origins))]
+        self.channels = tuple(dict.fromkeys(self.column(*channel) for channel in self.reads))
         self._checked = SharedSet()
         self._store_names: dict[Role, dict[str, str]] = {}
         self._observers: tuple[ReadObserver, ...] = ()
-        self._has_compared_grids = False
+        self._read_throughs: dict[tuple[Role, object], list[ReadThrough]] = {}
+        self._fills = self._has_optional and self.if_missing == "zero"
+        self.absences, self.grids = Absences(self), CachedGrids(self)
         if self._cache.remote is not None:
             self._cache.remote.check()
         if self.use_s3:
             # Like the original reader: wrong arguments are reported here, without a request.
             _ = self.s3fs
-
-    def _forget_channels(self) -> None:
-        super()._forget_channels()
-        self._read_throughs: dict[tuple[Role, object], list[ReadThrough]] = {}
-        self._absences = Absences(self)
 
     @cached_property
     def s3fs(self) -> s3fs.S3FileSystem:
@@ -226,72 +210,10 @@ class ZarrS3Reader(PairReader):
         return self._store_names[role]
 
     def split(self, *, decided: bool = True) -> Split:
-        """As in the base class.
-
-        A warning names pairs that are cached and have input and label on different grids. Once
-        per reader, from pairs whose entries differ in size.
-        """
+        """As in the base class. Once, a warning names pairs that are cached on different grids."""
         split = super().split(decided=decided)
-        if self.trusts_entries and not self._has_compared_grids:
-            self._has_compared_grids = True
-            try:
-                sizes = self.stored()
-            except CACHE_FAULTS:  # counted and logged by the first read
-                return split
-            data, label = (sizes[channel] for channel in self._first_channels)
-            both = data.keys() & label.keys()
-            unequal = self.unequal_grids(
-                id_ for id_ in self.stored_ids if id_ in both and data[id_] != label[id_]
-            )
-            if unequal:
-                logger.warning(
-                    "%d of %d materials have input and label on different grids: %s. If the "
-                    "network needs equal grids, leave them out of the map.",
-                    len(unequal),
-                    len(split.train) + len(split.validation) + len(split.test),
-                    first_ids(unequal),
-                )
+        self.grids.warn_once(split)
         return split
-
-    def unequal_grids(self, candidates: Iterable[str]) -> list[str]:
-        """Ids whose cached input and label have different shapes.
-
-        Parameters
-        ----------
-        candidates : iterable of str
-            Ids whose entries differ in size. The headers of the first 1,000 are read: equal arrays
-            may take different room on a disk that compresses.
-        """
-        found = []
-        for id_ in itertools.islice(candidates, _GRIDS_COMPARED):
-            shapes = {self._cache.stored_shape(self.key(id_, *one)) for one in self._first_channels}
-            if len(shapes - {None}) > 1:
-                found.append(id_)
-        return found
-
-    def cached_shapes(
-        self, task_ids: Iterable[str]
-    ) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-        """Ids whose input and label are cached, with both shapes, the smallest entries first.
-
-        Sends no request. Reads the headers of 1,000 materials, those of grids that may differ
-        before the others.
-        """
-        if not self.trusts_entries:
-            return
-        try:
-            sizes = self.stored()
-        except CACHE_FAULTS:  # counted and logged by the first read
-            return
-        data, label = (sizes[channel] for channel in self._first_channels)
-        ids = [id_ for id_ in task_ids if id_ in data and id_ in label]
-        unequal = [id_ for id_ in ids if data[id_] != label[id_]]
-        smallest = heapq.nsmallest(_GRIDS_COMPARED, ids, key=data.__getitem__)
-        chosen = dict.fromkeys([*unequal[: _GRIDS_COMPARED // 2], *smallest])
-        for id_ in itertools.islice(chosen, _GRIDS_COMPARED):
-            shapes = [self._cache.stored_shape(self.key(id_, *one)) for one in self._first_channels]
-            if shapes[0] is not None and shapes[1] is not None:
-                yield id_, shapes[0], shapes[1]
 
     def relist(self) -> None:
         """List both directories at the origin now, and store the listings for offline runs."""
@@ -314,18 +236,7 @@ class ZarrS3Reader(PairReader):
     def _forget_ids(self) -> None:
         self._known_ids.clear()
         self._complete.clear()
-        self._absences = Absences(self)
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        """``("data", "label")``, or ``("data",)`` if both are the same directory."""
-        return self._roles
-
-    @property
-    def channels(self) -> tuple[Channel, ...]:
-        """What a sample is made of; each array once if both directories are the same."""
-        places = {self.column(role, array): None for role, array in self.reads}
-        return tuple(places)
+        self.absences = Absences(self)
 
     def column(self, role: Role, array: str) -> Channel:
         """The channel of the same entries: input and label of one directory share them."""
@@ -343,57 +254,20 @@ class ZarrS3Reader(PairReader):
             for of, arrays in self._arrays.items()
         )
 
-    @property
-    def absences(self) -> Absences:
-        """Which channels the materials lack."""
-        return self._absences
-
     def lacks(self, task_id: str, role: Role, array: str) -> bool:
         """As in the base class, found out if it is not known."""
         if not self._fills or array == density_array("total"):  # which is zero in no material
             return False
-        return self._absences.lacks(task_id, Channel(role, array))
+        return self.absences.lacks(task_id, Channel(role, array))
 
-    def find_lacking(self, task_ids: Iterable[str]) -> dict[str, list[Channel]]:
-        """As in the base class; see `Absences.find`."""
-        return self._absences.find(task_ids)
+    def _decide(self, task_ids: Sequence[str]) -> Complete:
+        return self.absences.decide(task_ids) if self._has_optional else super()._decide(task_ids)
 
-    def known_lacking(self) -> dict[str, list[Channel]]:
-        """As in the base class; see `Absences.known`."""
-        return self._absences.known()
-
-    @property
-    def _first_channels(self) -> tuple[Channel, Channel]:
-        data, label = (Channel(role, self._arrays[role][0]) for role in ROLES)
-        return data, label
-
-    def uneven_channels(self, task_ids: Iterable[str]) -> dict[str, str]:
-        """Errors of materials whose channels are cached and on different grids, by task id.
-
-        Sends no request. Reads the headers of up to 1,000 materials whose entries differ in size.
+    def with_channels(self, task_ids: Sequence[str]) -> list[str]:
+        """Those of ``task_ids`` that can be trained on: ``missing`` decides about those that lack a
+        channel, as in the split. Raises as `Absences.decide`.
         """
-        several = [role for role in ROLES if len(self._arrays[role]) > 1]
-        if not several or not self.trusts_entries:
-            return {}
-        try:
-            stored = self.stored()
-        except CACHE_FAULTS:  # counted and logged by the first read
-            return {}
-        ids = list(task_ids)
-        found: dict[str, str] = {}
-        for role in several:
-            sizes = [stored[Channel(role, array)] for array in self._arrays[role]]
-            candidates = (id_ for id_ in ids if len({of.get(id_) for of in sizes} - {None}) > 1)
-            for id_ in itertools.islice(candidates, _GRIDS_COMPARED):
-                shapes = [
-                    self._cache.stored_shape(self.key(id_, role, array))
-                    for array in self._arrays[role]
-                ]
-                try:
-                    self._one_shape(self.store_name(id_, role), role, shapes)
-                except SchemaError as exc:
-                    found[id_] = str(exc)
-        return found
+        return list(self._decide(task_ids).ids)
 
     @property
     def trusts_entries(self) -> bool:
@@ -433,20 +307,35 @@ class ZarrS3Reader(PairReader):
 
     def _load(self, task_id: str, role: Role) -> Density:
         if self._observers:
-            return self._load_observed(task_id, role)
-        channels = self._densities(role)
-        if len(channels) == 1:  # as in `_read`, with fewer calls: this is the path of a warm hit
-            values, _ = channels[0].read(self.store_name(task_id, role))
-            nx, ny, nz = values.shape
-            return values.reshape(-1), (nx, ny, nz)
+            return self._observed(self._read, task_id, role)
         return self._read(task_id, role)[0]
+
+    def _open(self, task_id: str, role: Role) -> LazyGrid | LazyStack:
+        if self._observers:
+            return self._observed(self._opened, task_id, role)
+        return self._opened(task_id, role)[0]
+
+    def _observed(
+        self, read: Callable[[str, Role], tuple[_T, Outcome]], task_id: str, role: Role
+    ) -> _T:
+        start_s = time.perf_counter()
+        for observer in self._observers:
+            observer.read_started(task_id, role)
+        found, outcome = read(task_id, role)
+        grid: Any = found[0] if isinstance(found, tuple) else found
+        nbytes = 4 * math.prod(grid.shape)
+        done = Read(task_id, role, outcome, nbytes, time.perf_counter() - start_s)
+        for observer in self._observers:
+            observer.read_finished(done)
+        return found
 
     def _read(self, task_id: str, role: Role) -> tuple[Density, Outcome]:
         """All channels of one role."""
         channels = self._densities(role)
         if len(channels) == 1:
             values, outcome = channels[0].read(self.store_name(task_id, role))
-            return _flat(values), outcome
+            nx, ny, nz = values.shape
+            return (values.reshape(-1), (nx, ny, nz)), outcome
         grids, shape, outcome = self._each(task_id, role, ReadThrough.read)
         values = _pages.empty((len(grids), *shape), np.float32)
         for channel, values_of in zip(values, grids, strict=True):
@@ -472,53 +361,10 @@ class ZarrS3Reader(PairReader):
             grid, outcome = read(densities, store)
             grids.append(grid)
             outcomes.append(outcome)
-        shape = self._one_shape(store, role, [None if g is None else g.shape for g in grids])
-        return grids, shape, max(outcomes, key=_OUTCOMES.index)
-
-    def _one_shape(
-        self, store: str, role: Role, shapes: Sequence[tuple[int, ...] | None]
-    ) -> tuple[int, int, int]:
-        """The grid that the channels of a material share.
-
-        Raises
-        ------
-        SchemaError
-            They are on different grids, or all are absent.
-        """
-        known = {
-            density_name(array): shape
-            for array, shape in zip(self._arrays[role], shapes, strict=True)
-            if shape is not None
-        }
-        grids = set(known.values())
         url = self._origins[role].url_of(store)
-        if len(grids) > 1:
-            named = ", ".join(f"{name} has {'x'.join(map(str, n))}" for name, n in known.items())
-            raise SchemaError(
-                f"{url}: the channels of a sample are on different grids: {named}. Convert the "
-                "store again, leave the material out of the map, or set density_type to one of "
-                "them."
-            )
-        if not grids:
-            raise ArrayNotFoundError(
-                f"{url} has none of {', '.join(map(density_name, self._arrays[role]))}, so the "
-                "grid that missing: zero would fill is unknown. Leave the material out."
-            )
-        nx, ny, nz = grids.pop()
-        return nx, ny, nz
-
-    def _open(self, task_id: str, role: Role) -> LazyGrid | LazyStack:
-        if not self._observers:
-            return self._opened(task_id, role)[0]
-        start_s = time.perf_counter()
-        for observer in self._observers:
-            observer.read_started(task_id, role)
-        grid, outcome = self._opened(task_id, role)
-        nbytes = 4 * math.prod(grid.shape)
-        read = Read(task_id, role, outcome, nbytes, time.perf_counter() - start_s)
-        for observer in self._observers:
-            observer.read_finished(read)
-        return grid
+        shapes = [None if grid is None else grid.shape for grid in grids]
+        shape = common_grid(url, self._arrays[role], shapes)
+        return grids, shape, max(outcomes, key=_OUTCOMES.index)
 
     def _opened(self, task_id: str, role: Role) -> tuple[LazyGrid | LazyStack, Outcome]:
         channels = self._densities(role)
@@ -577,17 +423,7 @@ class ZarrS3Reader(PairReader):
             values, _ = self._density(role, array).read(self.store_name(task_id, role))
             if self._lock is not None:
                 self._lock.check_values(task_id, self.locked_as(role, array), values)
-            return _flat(values)
-
-    def _load_observed(self, task_id: str, role: Role) -> Density:
-        start_s = time.perf_counter()
-        for observer in self._observers:
-            observer.read_started(task_id, role)
-        (values, gridsize), outcome = self._read(task_id, role)
-        read = Read(task_id, role, outcome, values.nbytes, time.perf_counter() - start_s)
-        for observer in self._observers:
-            observer.read_finished(read)
-        return values, gridsize
+            return flat(values)
 
     def observe(self, observer: ReadObserver) -> None:
         """Call ``observer`` for each density that is read or opened from now on.
@@ -686,20 +522,15 @@ class ZarrS3Reader(PairReader):
         found: dict[Channel, dict[str, int]] = {}
         arrays = [channel.array for channel in self.reads] if array is None else [array]
         for name in dict.fromkeys(arrays):
-            found |= self._stored_of(name, in_float32=in_float32)
-        return found
-
-    def _stored_of(self, name: str, *, in_float32: bool = False) -> dict[Channel, dict[str, int]]:
-        """`stored` of one array."""
-        roles = [role for role in ROLES if name in self._arrays[role]]
-        listings = {role: (self._origins[role], self.store_names(role)) for role in roles}
-        array = self._density(roles[0], name).stored_as
-        if in_float32 and (exact := ArrayKey("", "", array).exact) is not None:
-            array = exact.array
-        of_roles = self._cache.stored_densities(array, listings)
-        found = {Channel(role, name): sizes for role, sizes in of_roles.items()}
-        if len(self.roles) == 1:  # `channels` has it under the first role
-            found[Channel("data", name)] = of_roles[roles[0]]
+            roles = [role for role in ROLES if name in self._arrays[role]]
+            listings = {role: (self._origins[role], self.store_names(role)) for role in roles}
+            stored_as = self._density(roles[0], name).stored_as
+            if in_float32 and (exact := ArrayKey("", "", stored_as).exact) is not None:
+                stored_as = exact.array
+            of_roles = self._cache.stored_densities(stored_as, listings)
+            found |= {Channel(role, name): sizes for role, sizes in of_roles.items()}
+            if len(self.roles) == 1:  # `channels` has it under the first role
+                found[Channel("data", name)] = of_roles[roles[0]]
         return found
 
     def listing(self, task_id: str, role: Role, array: str | None = None) -> list[ObjectInfo]:
@@ -746,181 +577,6 @@ class ZarrS3Reader(PairReader):
             f"{url}.{self._kinds[0]} does not exist{other}. If it is new, run `zarrcache warm` to "
             "list the origin again."
         )
-
-    # -- the users' methods on groups
-
-    def read_zarr_store(self, zarr_path: str | os.PathLike[str]) -> zarr.Group:
-        """Open a store, read-only, through the byte tier. Only its metadata is loaded.
-
-        Raises
-        ------
-        OriginNotFoundError
-            There is no such store (a ``FileNotFoundError``).
-        SchemaError
-            zarr cannot open it.
-        """
-        from zarrcache.cache import group_of, store_at
-
-        store = store_at(zarr_path, self._cache, self.s3_kwargs)
-        stored = self._attributes_at(store.origin).stored(store.name)
-        if stored is not None and stored.zarr_format:
-            store.know_attributes(stored)
-        return group_of(store)
-
-    def read_charge_density(self, zarr_store: zarr.Group) -> Density:
-        """The density of an open store, as ``load``; the first channel of the input.
-
-        Parameters
-        ----------
-        zarr_store : zarr.Group
-            From ``read_zarr_store``, or any other Zarr group.
-
-        Raises
-        ------
-        SchemaError
-            A ``ValueError``: the array is absent (those present are named), not 3-D, or not of real
-            numbers.
-        IncompleteArrayError
-            An object is damaged, a chunk is absent (unless ``cache.missing_chunks`` is ``fill``),
-            or the mean disagrees with the number of electrons in the store's metadata.
-        """
-        from zarrcache.cache import CachedStore
-
-        _check_group(zarr_store, "read_charge_density", "load(task_id, 'data')")
-        store, densities = zarr_store.store, self._density("data")
-        where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
-        with only_our_errors(where):
-            if isinstance(store, CachedStore) and not zarr_store.path:
-                through = densities.at(store.origin)
-                values, _ = through.read(store.name)
-                store.density_source = through.last_source(store.name)
-                if store.attribute_sources is not None:
-                    attributes = AttributesThrough(self._cache, [through])
-                    attributes.check(store.name, store.attribute_sources, store.density_source)
-                return _flat(values)
-            return _flat(densities.of_group(zarr_store, where))
-
-    def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
-        """Attribute ``metadata`` of a store, merged with ``structure``.
-
-        Both may be JSON strings or JSON itself.
-
-        Raises
-        ------
-        IncompleteArrayError
-            The density of the store is cached in another version, or was read from
-            ``zarr_store`` in another one.
-        """
-        from zarrcache.cache import CachedStore, group_of
-
-        _check_group(zarr_store, "get_metadata", "metadata(task_id)")
-        store = zarr_store.store
-        with only_our_errors(f"metadata of {zarr_store.store_path}"):
-            if isinstance(store, CachedStore) and not zarr_store.path:
-                attributes = self._attributes_at(store.origin)
-                if store.known is not None:
-                    sources: Collection[str] = store.known.sources
-                else:
-                    if store.listed is None:  # it was pickled, and is listed again
-                        zarr_store = group_of(store)
-                    sources = attributes.sources_in(store.name, store.listed or ())
-                attributes.check(store.name, sources, store.density_source)
-                store.attribute_sources = sources
-            return metadata_of(zarr_store)
-
-    # -- attributes
-
-    def metadata(self, task_id: str, role: Role = "data") -> dict[str, Any]:
-        """Attribute ``metadata`` of a material, merged with ``structure``, as ``get_metadata``.
-
-        If the density is cached, and its attributes were read before or stored by ``zarrcache
-        warm``, this sends no request; otherwise one or two LISTs and a GET.
-
-        Raises
-        ------
-        SchemaError
-            They are not JSON, or ``metadata`` is not a mapping.
-        IncompleteArrayError
-            The store has changed since its density was read or cached.
-        PymatgenMissingError
-            The source is a CHGCAR file, and pymatgen is not installed.
-        OriginError
-        """
-        with only_our_errors(f"metadata of {task_id} ({role})"):
-            origin, store = self._origins[role], self.store_name(task_id, role)
-            return metadata_in(self._attributes(role, store), origin.url_of(store))
-
-    def structure(self, task_id: str, role: Role = "data") -> dict[str, Any]:
-        """The structure of a material: ``pymatgen.core.Structure.as_dict()``.
-
-        Requests as for ``metadata``.
-
-        Raises
-        ------
-        SchemaError
-            The source has no structure.
-        """
-        found = self.metadata(task_id, role).get("structure")
-        if not isinstance(found, dict):
-            url = self._origins[role].url_of(self.store_name(task_id, role))
-            raise SchemaError(
-                f"{url} has no structure among its attributes. Convert it again, or train without "
-                "structures."
-            )
-        return found
-
-    def volume(self, task_id: str, role: Role = "data") -> float:
-        """Volume of the cell of a material, in cubic angstrom. Requests as for ``metadata``.
-
-        Raises
-        ------
-        SchemaError
-            There is no structure, it has no lattice, or the lattice has no volume.
-        """
-        with only_our_errors(f"volume of {task_id} ({role})"):
-            origin, store = self._origins[role], self.store_name(task_id, role)
-            return cell_volume(self._attributes(role, store), origin.url_of(store))
-
-    def electrons(self, task_id: str, role: Role = "data") -> float | None:
-        """Number of electrons that the metadata of a material states; None if it states none.
-
-        Requests as for ``metadata``.
-        """
-        with only_our_errors(f"electrons of {task_id} ({role})"):
-            return electrons_in(self._attributes(role, self.store_name(task_id, role)))
-
-    def _attributes(self, role: Role, store: str) -> dict[str, Any]:
-        own = self.column(role, self._arrays[role][0]).role
-        arrays = [one.array for one in self.channels if one.role == own]
-        densities = [self._density(role, array) for array in arrays]
-        return AttributesThrough(self._cache, densities).read(store).attributes
-
-    def _attributes_at(self, origin: Origin) -> AttributesThrough:
-        """Attributes of stores of any directory."""
-        densities = [self._density(*channel).at(origin) for channel in self.channels]
-        return AttributesThrough(self._cache, densities)
-
-    def _get_zarr_path(self, base_dir: str, task_id: str) -> str:
-        return f"{base_dir}/{task_id}.zarr"
-
-
-def _check_group(group: Any, method: str, instead: str) -> None:
-    """Refuse a task id or path in place of an open store.
-
-    Raises
-    ------
-    ConfigError
-    """
-    if not hasattr(group, "store_path"):
-        raise ConfigError(
-            f"{method} takes an open store, read_zarr_store(path), not {safe_repr(group)}. For a "
-            f"task id: reader.{instead}."
-        )
-
-
-def _flat(values: NDArray[np.float32]) -> Density:
-    nx, ny, nz = values.shape
-    return values.reshape(-1), (nx, ny, nz)
 
 
 def distinct_directories(origins: Mapping[Role, Origin]) -> dict[tuple[str, str], Origin]:

@@ -314,15 +314,10 @@ def hold_out(
     Raises
     ------
     ConfigError
-        ``val_frac`` is not in [0, 1), or leaves nothing to train on.
+        ``val_frac`` is not a share, or leaves nothing to train on.
     """
-    share: Any = val_frac
-    if not isinstance(share, numbers.Real) or not 0 <= float(share) < 1:
-        raise ConfigError(
-            f"val_frac is {val_frac!r}; it has to be a number from 0 to below 1: the share of the "
-            "training samples that is kept for validation."
-        )
-    count = math.ceil(round(float(share) * len(train), 6))  # 0.07 * 100 is a little more than 7
+    share = _share(val_frac)
+    count = math.ceil(round(share * len(train), 6))  # 0.07 * 100 is a little more than 7
     if not count:
         return Split(tuple(train), (), tuple(test))
     if count == len(train):
@@ -332,6 +327,17 @@ def hold_out(
         )
     kept, held = split_ids(train, len(train) - count, random_state)
     return Split(tuple(kept), tuple(held), tuple(test))
+
+
+def _share(val_frac: Any) -> float:
+    """``val_frac`` as a number."""
+    is_number = isinstance(val_frac, numbers.Real) and not isinstance(val_frac, bool)
+    if not is_number or not 0 <= float(val_frac) < 1:
+        raise ConfigError(
+            f"val_frac is {val_frac!r}; it has to be a number from 0 to below 1: the share of the "
+            "samples that is kept for validation."
+        )
+    return float(val_frac)
 
 
 def read_split(
@@ -447,27 +453,15 @@ def permuted_split(ids: Sequence[str], val_frac: float, random_seed: int) -> Spl
     ----------
     ids : sequence of str
     val_frac : float
-        From 0 to 1, rounded down: 0.005 of 199 ids is no validation.
+        Rounded down: 0.005 of 199 ids is no validation.
     random_seed : int
 
     Raises
     ------
     ConfigError
-        ``val_frac`` is not a share, or leaves nothing to train on.
+        ``val_frac`` is not a share.
     """
-    share: Any = val_frac
-    is_number = isinstance(share, numbers.Real) and not isinstance(share, bool)
-    if not is_number or not 0 <= float(share) <= 1:
-        raise ConfigError(
-            f"val_frac is {val_frac!r}; it has to be a number from 0 to 1: the share of the "
-            "samples that is kept for validation."
-        )
-    held = int(len(ids) * float(share))
-    if held == len(ids):
-        raise ConfigError(
-            f"val_frac is {val_frac!r}: all {counted(len(ids), 'sample')} would be held out. "
-            "Set a smaller val_frac."
-        )
+    held = int(len(ids) * _share(val_frac))
     order = [ids[place] for place in _torch_permutation(len(ids), random_seed)]
     return Split(tuple(order[held:]), tuple(order[:held]))
 

@@ -387,7 +387,7 @@ def known_refusal(config: DataConfig | CacheConfig) -> str:
         if not open_if_present(index) or any(selection.listing(of) is None for of in ROLES):
             return ""
         offline = config.cache.model_copy(update={"revalidate": "never", "lock": None})
-        return open_reader(config.model_copy(update={"cache": offline})).refusal()
+        return open_reader(config.model_copy(update={"cache": offline})).absences.refusal()
     except (*CACHE_FAULTS, ZarrCacheError):  # which the command itself names
         return ""
 

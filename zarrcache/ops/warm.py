@@ -191,7 +191,7 @@ class WarmPlan:
             failed=tuple(failed),
             lacking=tuple(id_ for id_ in self.task_ids if id_ in lacking),
             unread=len(unread),
-            refusal=self.reader.refusal(),
+            refusal=self.reader.absences.refusal(),
         )
 
     def execute(

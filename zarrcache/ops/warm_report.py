@@ -251,10 +251,10 @@ class Tally:
                 *(result for _, result in sorted(self._failed.items())),
                 *(
                     WarmResult(task_id, "data", "failed", error=error)
-                    for task_id, error in self._reader.uneven_channels(self._task_ids).items()
+                    for task_id, error in self._reader.grids.uneven(self._task_ids).items()
                 ),
             ),
-            unequal=tuple(self._reader.unequal_grids(self._differing(on_disk))),
+            unequal=tuple(self._reader.grids.unequal(self._differing(on_disk))),
             nbytes=int(self._nbytes[is_warm].sum()),
             disk_bytes=int(on_disk[is_warm].sum()),
             needed_bytes=needed_bytes,
@@ -263,7 +263,7 @@ class Tally:
             seconds=seconds,
             flawed=tuple(result for _, result in sorted(self._flawed.items())),
             lacking=tuple(self._task_ids[row] for row in np.flatnonzero(lacks)),
-            refusal=self._reader.refusal(),
+            refusal=self._reader.absences.refusal(),
         )
 
     def _differing(self, on_disk: NDArray[np.int64]) -> Iterator[str]:

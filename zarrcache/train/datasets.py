@@ -550,10 +550,10 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
 
     def _check_cached(self, selection: Selection) -> None:
         """Refuse a selection that does not fit some of the cached grids, and name these."""
-        shapes = getattr(self.reader, "cached_shapes", None)
+        grids = getattr(self.reader, "grids", None)
         reasons = {
             task_id: reason
-            for task_id, *sides in (shapes(self.task_ids) if shapes else ())
+            for task_id, *sides in (grids.pairs(self.task_ids) if grids else ())
             if (reason := self._to_tensors.misfit(selection, *sides)) is not None
         }
         if reasons:
