@@ -17,11 +17,11 @@ from zarrcache.arrays.decode import (
     metadata_key,
 )
 from zarrcache.arrays.density_file import HEAD, structure_of, structure_of_poscar
-from zarrcache.arrays.listing import OriginArray, check_sizes, list_array, objects_of
+from zarrcache.arrays.listing import OriginArray, check_sizes, list_array, members_of_array
 from zarrcache.arrays.npy_files import ATOMS
+from zarrcache.arrays.read import fetch, unzipped
 from zarrcache.arrays.sources import is_fetched_whole, is_unconverted
 from zarrcache.arrays.unconverted import unconverted_attributes
-from zarrcache.arrays.zip import ZippedStore, attributes_in_zip
 from zarrcache.errors import OriginNotFoundError, SchemaError
 
 if TYPE_CHECKING:
@@ -58,31 +58,30 @@ def read_attributes(arrays: Sequence[OriginArray]) -> StoreAttributes:
     """
     first = arrays[0]
     origin, store, url = first.origin, first.store, first.store_url
+    zipped = None
     if is_fetched_whole(store):
-        listed = list_array(first)
-        check_sizes([o.size_bytes for o in listed], url)
-        files = {o.key.rpartition("/")[2]: data for o, data in origin.fetch(listed)}
+        objects = list_array(first)
+        check_sizes([o.size_bytes for o in objects], url)
+        sources: tuple[str, ...] = (source_digest(objects),)
         if is_unconverted(store):
-            return StoreAttributes(unconverted_attributes(files, url), 0, (source_digest(listed),))
-        (data,) = files.values()
-        zipped = ZippedStore(data, url)
-        name = attributes_key(
-            _described_by(first, zipped.sizes) or metadata_key(zipped.sizes), zipped.sizes
-        )
-        attributes = attributes_in_zip(zipped, name)
-        return StoreAttributes(attributes, FORMATS[name], (source_digest(listed),))
-    objects = {obj.key.removeprefix(f"{store}/"): obj for obj in origin.list_objects(f"{store}/")}
-    if not objects:
-        raise OriginNotFoundError(f"{url} does not exist or is empty.")
-    of_arrays = [objects_of(what, objects.values()) for what in arrays]
-    sources = tuple(source_digest(listed) for listed in of_arrays if listed)
-    of_array = next((key for one in arrays if (key := _described_by(one, objects))), None)
+            files = {o.key.rpartition("/")[2]: data for o, data in origin.fetch(objects)}
+            return StoreAttributes(unconverted_attributes(files, url), 0, sources)
+        zipped = unzipped(first, objects)
+        objects = zipped.objects(store)
+    else:
+        objects = origin.list_objects(f"{store}/")
+        if not objects:
+            raise OriginNotFoundError(f"{url} does not exist or is empty.")
+        of_arrays = [members_of_array(what, objects) for what in arrays]
+        sources = tuple(source_digest(listed) for listed in of_arrays if listed)
+    by_name = {obj.key.removeprefix(f"{store}/"): obj for obj in objects}
+    of_array = next((key for one in arrays if (key := _described_by(one, by_name))), None)
     # As for a density: v3 hides documents of v2.
-    name = attributes_key(of_array or metadata_key(objects), objects)
-    if name not in objects:
+    name = attributes_key(of_array or metadata_key(by_name), by_name)
+    if name not in by_name:
         return StoreAttributes({}, FORMATS[name], sources)
-    check_attributes_size(objects[name].size_bytes, name, url)
-    ((_, document),) = origin.fetch([objects[name]])
+    check_attributes_size(by_name[name].size_bytes, name, url)
+    ((_, document),) = fetch(first, [by_name[name]], zipped)
     return StoreAttributes(attributes_in(document, name, url), FORMATS[name], sources)
 
 

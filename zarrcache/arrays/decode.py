@@ -249,6 +249,8 @@ class ArrayDecoder:
 
         None: not known, because zarr decodes the array. Call after adding the metadata.
         """
+        if key == self._metadata_key:
+            return MAX_DOCUMENT_BYTES
         if self._layout is None:
             return None if is_array_key(key) else 0
         return self._layout.chunk.encoded_bytes if key in self._starts else 0

@@ -40,6 +40,7 @@ __all__ = [
     "check_sizes",
     "kept_changing",
     "list_array",
+    "members_of_array",
     "no_such_array",
     "objects_of",
     "stable_listing",
@@ -129,13 +130,13 @@ def list_array(what: OriginArray) -> list[ObjectInfo]:
     if kind_of(store) == "directory":
         return _list_directory(origin, store)
     everything = origin.list_objects(f"{store}/" if what.uses_values else prefix)
-    listed = objects_of(what, everything)
+    listed = members_of_array(what, everything)
     if not listed:
         # A store that is being written may get it next: only a stable listing shows absence.
         everything = stable_listing(lambda: origin.list_objects(f"{store}/"), what.store_url)
         if not everything:
             raise OriginNotFoundError(f"{what.store_url} does not exist or is empty.")
-        listed = objects_of(what, everything)
+        listed = members_of_array(what, everything)
     if not listed:
         keys = (o.key.removeprefix(f"{store}/") for o in everything)
         raise no_such_array(what.store_url, what.array, keys)
@@ -148,15 +149,23 @@ def objects_of(what: OriginArray, objects: Iterable[ObjectInfo]) -> list[ObjectI
     Neither the array's own attributes nor what an editor or macOS leaves beside the chunks affects
     the values: not worth a request, nor a reason to refetch.
     """
+    return list(objects) if is_object(what.store) else members_of_array(what, objects)
+
+
+def members_of_array(what: OriginArray, objects: Iterable[ObjectInfo]) -> list[ObjectInfo]:
+    """`objects_of` a directory store, or of the members of a zipped one as if in a directory.
+
+    The metadata is the first: it says how to decode the others.
+    """
     by_key = {obj.key: obj for obj in objects}
-    if is_object(what.store):
-        return list(by_key.values())
     keys = [key.removeprefix(what.prefix) for key in by_key if key.startswith(what.prefix)]
     found = list(filter(is_array_key, keys))
+    described_by = metadata_key(found)
+    found.sort(key=lambda key: key != described_by)
     listed = [by_key[what.prefix + key] for key in found]
     if found and what.uses_values:
         root = [name for name in FORMATS if f"{what.store}/{name}" in by_key]
-        name = attributes_key(metadata_key(found), root)
+        name = attributes_key(described_by, root)
         attributes = by_key.get(f"{what.store}/{name}")
         if attributes is not None:
             check_attributes_size(attributes.size_bytes, name, what.store_url)

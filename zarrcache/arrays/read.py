@@ -12,7 +12,7 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,20 +46,30 @@ from zarrcache.arrays.listing import (
     check_sizes,
     kept_changing,
     list_array,
+    members_of_array,
     no_such_array,
     unstable_s,
     wait_until,
 )
 from zarrcache.arrays.sources import is_object, is_unconverted
 from zarrcache.arrays.unconverted import decode_unconverted, decoding_bytes
-from zarrcache.arrays.zip import ZippedStore, attributes_in_zip
+from zarrcache.arrays.zip import ZippedStore
 from zarrcache.errors import ArrayNotFoundError, IncompleteArrayError, SchemaError, ZarrCacheError
 from zarrcache.origin import report_progress
 
 if TYPE_CHECKING:
     import zarr
+    from typing_extensions import Buffer
 
-__all__ = ["Decoded", "Examined", "density_of_group", "examine_array", "read_array"]
+__all__ = [
+    "Decoded",
+    "Examined",
+    "density_of_group",
+    "examine_array",
+    "fetch",
+    "read_array",
+    "unzipped",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -207,51 +217,67 @@ def _read_zipped(
     what: OriginArray, listed: list[ObjectInfo], reserve: Callable[[int], object] | None
 ) -> Decoded:
     """Fetch a zipped store and decode arrays of it."""
-    ((_, data),) = what.origin.fetch(listed)
-    zipped = ZippedStore(data, what.store_url)
-    decoder = _decode_zipped(zipped, what, what.array, reserve)
-    described_by = "zarr.json" if f"{what.array}/zarr.json" in zipped.sizes else None
-    name = attributes_key(described_by, zipped.sizes)
-    attributes = attributes_in_zip(zipped, name) if what.uses_values else {}
-    values = decoder.finish()
-    without_fill = dataclasses.replace(what, fills=False)
+    zipped = unzipped(what, listed)
+    decoded = _read_store(what, _members(what, zipped), reserve, zipped)
     others = {}
     for other in what.also:
+        one = dataclasses.replace(what, array=other, fills=False, uses_values=False)
         with contextlib.suppress(SchemaError, IncompleteArrayError):  # its own read raises it
-            others[other] = _decode_zipped(zipped, without_fill, other, None).finish()
-    return Decoded(values, decoder.missing_chunks, attributes, FORMATS[name], others)
+            others[other] = _read_store(one, _members(one, zipped), None, zipped).array
+    return dataclasses.replace(decoded, others=others)
 
 
-def _decode_zipped(
-    zipped: ZippedStore, what: OriginArray, array: str, reserve: Callable[[int], object] | None
-) -> ArrayDecoder:
-    """Decode the members of one array, unpacked one at a time."""
-    keys = zipped.keys_below(f"{array}/")
-    if not keys:
-        raise no_such_array(what.store_url, array, zipped.sizes)
-    decoder = ArrayDecoder(keys, f"{what.store_url}/{array}", reserve, fills=what.fills)
-    described_by = metadata_key(keys)
-    if described_by is not None:
-        decoder.add(described_by, zipped.read(f"{array}/{described_by}", MAX_DOCUMENT_BYTES))
-        for key in keys:
-            most = decoder.most_bytes_of(key)
-            if key != described_by and most != 0:
-                decoder.add(key, zipped.read(f"{array}/{key}", most))
-    return decoder
+def unzipped(what: OriginArray, listed: Collection[ObjectInfo]) -> ZippedStore:
+    """Fetch a zipped store."""
+    ((_, data),) = what.origin.fetch(list(listed))
+    return ZippedStore(data, what.store_url)
+
+
+def fetch(
+    what: OriginArray,
+    objects: list[ObjectInfo],
+    zipped: ZippedStore | None,
+    most: Callable[[str], int | None] = lambda _: MAX_DOCUMENT_BYTES,
+) -> Iterator[tuple[ObjectInfo, Buffer]]:
+    """Fetch objects of a store from its origin, or unpack members of a zipped one.
+
+    ``most``: see `ZippedStore.fetch`. Other objects are as large as listed.
+    """
+    if zipped is None:
+        return what.origin.fetch(objects)
+    return zipped.fetch(what.store, objects, most)
+
+
+def _members(what: OriginArray, zipped: ZippedStore) -> list[ObjectInfo]:
+    """The objects of an array of a zipped store."""
+    found = members_of_array(what, zipped.objects(what.store))
+    if not found:
+        raise no_such_array(what.store_url, what.array, zipped.sizes)
+    return found
 
 
 def _read_store(
-    what: OriginArray, listed: list[ObjectInfo], reserve: Callable[[int], object] | None
+    what: OriginArray,
+    listed: list[ObjectInfo],
+    reserve: Callable[[int], object] | None,
+    zipped: ZippedStore | None = None,
 ) -> Decoded:
     """Fetch the objects of an array, among them the attributes of its store, and decode them."""
-    origin, prefix = what.origin, what.prefix
+    prefix = what.prefix
     keys = [o.key.removeprefix(prefix) for o in listed if o.key.startswith(prefix)]
     decoder = ArrayDecoder(keys, f"{what.store_url}/{what.array}", reserve, fills=what.fills)
     # The one object that is not of the array; see `list_array`.
     root = [o.key.removeprefix(f"{what.store}/") for o in listed if not o.key.startswith(prefix)]
     name = attributes_key(metadata_key(keys), root)
     attributes: dict[str, Any] = {}
-    for obj, data in origin.fetch(listed):
+
+    def most(key: str) -> int | None:
+        is_of_array = key.startswith(prefix)
+        return (
+            decoder.most_bytes_of(key.removeprefix(prefix)) if is_of_array else MAX_DOCUMENT_BYTES
+        )
+
+    for obj, data in fetch(what, listed, zipped, most):
         if obj.key.startswith(prefix):
             decoder.add(obj.key.removeprefix(prefix), data)
         else:
@@ -296,35 +322,23 @@ def examine_array(what: OriginArray, listed: Collection[ObjectInfo]) -> Examined
     OriginError, SchemaError, IncompleteArrayError
         The metadata cannot be read.
     """
-    origin, store, array = what.origin, what.store, what.array
-    if is_unconverted(store):
+    if is_unconverted(what.store):
         return Examined(0, 1, {})  # it is read as a whole or not at all
-    prefix, url = what.prefix, f"{what.store_url}/{array}"
-    zipped = None
-    if is_object(store):
-        ((_, data),) = origin.fetch(list(listed))
-        prefix = f"{array}/"
-        zipped = ZippedStore(data, what.store_url)
-        keys = zipped.keys_below(prefix)
-        if not keys:
-            raise no_such_array(what.store_url, array, zipped.sizes)
-    else:
-        keys = [o.key.removeprefix(prefix) for o in listed if o.key.startswith(prefix)]
+    zipped = unzipped(what, listed) if is_object(what.store) else None
+    if zipped is not None:
+        listed = _members(what, zipped)
+    prefix, url = what.prefix, f"{what.store_url}/{what.array}"
+    keys = [o.key.removeprefix(prefix) for o in listed if o.key.startswith(prefix)]
     name = metadata_key(keys)
     if name is None:
         raise SchemaError(f"{url} holds neither .zarray nor zarr.json; it is not a Zarr array.")
-    attributes: dict[str, Any] = {}
-    if zipped is not None:
-        raw = zipped.read(prefix + name, MAX_DOCUMENT_BYTES)
-        attributes = attributes_in_zip(zipped, attributes_key(name, zipped.sizes))
-    else:
-        root = [o.key.removeprefix(f"{store}/") for o in listed if not o.key.startswith(prefix)]
-        key = f"{store}/{attributes_key(name, root)}"
-        documents = [o for o in listed if o.key in (prefix + name, key)]
-        found = {obj.key: bytes(data) for obj, data in origin.fetch(documents)}
-        raw = found[prefix + name]
-        if key in found:
-            attributes = attributes_in(found[key], attributes_key(name, root), what.store_url)
+    documents = [o for o in listed if o.key == prefix + name or not o.key.startswith(prefix)]
+    raw, attributes = b"", {}
+    for obj, data in fetch(what, documents, zipped):
+        if obj.key == prefix + name:
+            raw = bytes(data)
+        else:
+            attributes = attributes_in(data, obj.key.removeprefix(f"{what.store}/"), what.store_url)
     try:
         document = parse_document(raw)
     except (ValueError, RecursionError) as exc:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-from zarrcache._keys import safe_repr
-from zarrcache.arrays.decode import MAX_DOCUMENT_BYTES, attributes_in, check_attributes_size
+from zarrcache._keys import ObjectInfo, safe_repr
 from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 
-__all__ = ["ZippedStore", "attributes_in_zip"]
+__all__ = ["ZippedStore"]
 
 #: Largest member whose size nothing else bounds, unless it is compressed by less than _MAX_RATIO.
 _ROOM_BYTES, _MAX_RATIO = 64 * 1024**2, 100
@@ -65,9 +64,22 @@ class ZippedStore:
         self.sizes = {name: info.file_size for name, info in self._infos.items()}
         self._last: tuple[str, bytes] = ("", b"")
 
-    def keys_below(self, prefix: str) -> list[str]:
-        """Names of the members below a directory, without ``prefix``."""
-        return [name.removeprefix(prefix) for name in self.sizes if name.startswith(prefix)]
+    def objects(self, store: str) -> list[ObjectInfo]:
+        """The members, as if ``store`` were a directory of objects."""
+        return [ObjectInfo(f"{store}/{name}", size, "") for name, size in self.sizes.items()]
+
+    def fetch(
+        self, store: str, objects: Iterable[ObjectInfo], most: Callable[[str], int | None]
+    ) -> Iterator[tuple[ObjectInfo, bytes]]:
+        """Unpack some of the :meth:`objects` of ``store``, one at a time.
+
+        ``most`` gives the largest size in bytes of one, by its key; 0: it is left out, None: as for
+        :meth:`read`.
+        """
+        for obj in objects:
+            nbytes = most(obj.key)
+            if nbytes != 0:
+                yield obj, self.read(obj.key.removeprefix(f"{store}/"), nbytes)
 
     def read(self, name: str, most: int | None = None) -> bytes:
         """Unpack one member.
@@ -116,22 +128,6 @@ class ZippedStore:
 
     def _damaged(self, exc: Exception) -> ZarrCacheError:
         return IncompleteArrayError(f"{self.url} is not a readable zip file ({exc}). {_REMEDY}")
-
-
-def attributes_in_zip(zipped: ZippedStore, name: str) -> dict[str, Any]:
-    """The attributes in one document of a zipped store; empty if it is absent.
-
-    Raises
-    ------
-    SchemaError
-        They cannot be read.
-    IncompleteArrayError
-        The zip file is damaged.
-    """
-    if name not in zipped.sizes:
-        return {}
-    check_attributes_size(zipped.sizes[name], name, zipped.url)
-    return attributes_in(zipped.read(name, MAX_DOCUMENT_BYTES), name, zipped.url)
 
 
 def _check_directory(data: Any, url: str) -> None:
