@@ -22,7 +22,7 @@ from zarrcache._keys import FLOAT32, Channel, Role, check_task_ids, source_diges
 from zarrcache._units import whole_number
 from zarrcache.arrays import is_fetched_whole
 from zarrcache.config import CacheConfig, DataConfig, cache_of
-from zarrcache.data import ZarrS3Reader, open_reader, training_count
+from zarrcache.data import ZarrS3Reader, training_count
 from zarrcache.disk import SOUND, Index
 from zarrcache.errors import (
     ArrayNotFoundError,
@@ -386,7 +386,7 @@ def plan_warm(
     return WarmPlan(
         task_ids=task_ids,
         missing=reader.missing if ids is None else (),
-        densities=tuple(_in_order(reader, densities)),
+        densities=tuple(_in_order(reader, channels, densities)),
         channels=channels,
         absent=absent,
         revalidate=asks,
@@ -397,9 +397,10 @@ def plan_warm(
     )
 
 
-def _in_order(reader: ZarrS3Reader, densities: Sequence[Density]) -> Sequence[Density]:
+def _in_order(
+    reader: ZarrS3Reader, channels: Sequence[Channel], densities: Sequence[Density]
+) -> Sequence[Density]:
     """Put first what saves requests, or makes room, for the others."""
-    channels = reader.channels
     if len(channels) > len(reader.roles):
         # The first array of a file or a zipped store brings the others.
         firsts = {channel.role: channel.array for channel in reversed(channels)}
@@ -464,7 +465,7 @@ def _open_reader(source: DataConfig | ZarrS3Reader) -> ZarrS3Reader:
         # Entries are compared with the origin's listing, not read: `zarrcache verify`, and training
         # at first use, verify their checksums.
         unverified = cache.model_copy(update={"verify": "never"})
-        reader = open_reader(source.model_copy(update={"cache": unverified}))
+        reader = ZarrS3Reader.from_config(source.model_copy(update={"cache": unverified}))
     _index(reader).open()
     return reader
 

@@ -171,10 +171,12 @@ class Tally:
         absent: Iterable[Density],
         stored: Mapping[Channel, Mapping[str, int]],
     ) -> None:
-        assert reader.cache_config is not None
+        cache = reader.cache_config
+        assert cache is not None
         self._reader, self._task_ids, self._channels = reader, task_ids, channels
-        self._limit_bytes = reader.cache_config.limit
-        self._encoding = encoding = reader.cache_config.arrays.encoding
+        self._optional = {channel for channel in channels if reader.is_optional(*channel)}
+        self._limit_bytes = cache.limit
+        self._encoding = encoding = cache.arrays.encoding
         self._row = {task_id: number for number, task_id in enumerate(task_ids)}
         self._column = {tuple(one): number for number, one in enumerate(channels)}
         self._outcomes = np.full((len(task_ids), len(channels)), _HIT, np.uint8)
@@ -204,7 +206,7 @@ class Tally:
         """Record one result."""
         at = self._row[result.task_id], self._column[result.role, result.array]
         channel = self._channels[at[1]]
-        if self._reader.is_optional(*channel) and (result.is_absent or result.outcome != "failed"):
+        if channel in self._optional and (result.is_absent or result.outcome != "failed"):
             self.found.setdefault(channel, {})[result.task_id] = result.is_absent
         self._outcomes[at] = _OUTCOMES.index(result.outcome)
         self._nbytes[at] = result.nbytes
