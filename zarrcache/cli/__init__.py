@@ -7,6 +7,7 @@ this module imports none of them, so that ``main`` decides what Ctrl-C does mean
 from __future__ import annotations
 
 import functools
+import importlib
 
 from zarrcache.cli._early import end_on_ctrl_c
 
@@ -15,6 +16,18 @@ if TYPE_CHECKING:
     import typer
 
 __all__ = ["main"]
+
+#: In the order of the help page.
+_COMMANDS = (
+    "demo init convert map warm evict status ls verify doctor plan report top audit plot lock diff "
+    "serve schema"
+).split()
+#: The modules of commands that have none of their own name.
+_MODULES = {
+    **dict.fromkeys(("evict", "status", "ls", "verify", "doctor"), "cache"),
+    "diff": "lock",
+    "schema": "init",
+}
 
 
 def main() -> None:
@@ -26,43 +39,10 @@ def main() -> None:
 @functools.cache
 def _application() -> typer.Typer:
     from zarrcache.cli.app import app
-    from zarrcache.cli.audit import audit
-    from zarrcache.cli.cache import doctor, evict, status, verify
-    from zarrcache.cli.convert import convert
-    from zarrcache.cli.demo import demo
-    from zarrcache.cli.init import init, schema
-    from zarrcache.cli.lock import diff, lock
-    from zarrcache.cli.ls import ls
-    from zarrcache.cli.map import make_map
-    from zarrcache.cli.plan import plan
-    from zarrcache.cli.plot import plot
-    from zarrcache.cli.report import report
-    from zarrcache.cli.serve import serve
-    from zarrcache.cli.top import top
-    from zarrcache.cli.warm import warm
 
-    # In the order of the help page.
-    for command in (
-        demo,
-        init,
-        convert,
-        warm,
-        evict,
-        status,
-        ls,
-        verify,
-        doctor,
-        plan,
-        report,
-        top,
-        audit,
-        plot,
-        lock,
-        diff,
-        serve,
-        schema,
-    ):
-        app.command(context_settings={"allow_extra_args": command is convert})(command)
-        if command is convert:
-            app.command("map")(make_map)
+    for name in _COMMANDS:
+        module = importlib.import_module(f"zarrcache.cli.{_MODULES.get(name, name)}")
+        # convert says itself how to give it several paths.
+        settings = {"allow_extra_args": name == "convert"}
+        app.command(name, context_settings=settings)(getattr(module, name))
     return app

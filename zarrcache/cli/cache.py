@@ -1,18 +1,19 @@
-"""``zarrcache evict``, ``status``, ``verify`` and ``doctor``: maintain a cache directory."""
+"""``zarrcache evict``, ``status``, ``ls``, ``verify`` and ``doctor``: maintain a cache."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from zarrcache._keys import FLOAT32, ArrayKey, density_name, is_density, safe_repr
 from zarrcache._units import counted, format_bytes
-from zarrcache.cli.app import command, failures, say, say_refusal, show, show_json
+from zarrcache.cli.app import command, failures, say, say_refusal, show, show_json, show_table
 from zarrcache.cli.options import (
     Directory,
     DryRun,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from zarrcache.disk import Row
     from zarrcache.ops import Status, VerifyReport
 
-__all__ = ["doctor", "evict", "status", "verify"]
+__all__ = ["doctor", "evict", "ls", "status", "verify"]
 
 
 @command(resumable=True)
@@ -161,6 +162,57 @@ def status(
                 "there, lower cache.min_free, or choose another cache.dir first."
             )
         say(f"Run `zarrcache warm {config}` to fill the cache.")
+    return 0
+
+
+@command(resumable=False)
+def ls(
+    config: OptionalConfig = None,
+    directory: Directory = None,
+    ids: Ids = None,
+    match: Annotated[
+        str, typer.Option(metavar="GLOB", help="only ids that match, e.g. 'mp-12*'")
+    ] = "*",
+    sort: Annotated[
+        Literal["id", "role", "shape", "bytes", "units", "encoding", "stored"],
+        typer.Option(help="column to sort by"),
+    ] = "id",
+    reverse: Annotated[
+        bool, typer.Option("--reverse", "-r", help="in descending order: largest or latest first")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """List cached densities: id, role, shape, bytes, units, time.
+
+    Without CONFIG: all of the cache, without roles. Sends no request.
+    """
+    from zarrcache.ops import list_entries
+
+    entries = list_entries(
+        cache_source(config, directory),
+        ids=read_ids(ids),
+        match=match,
+        sort=sort,
+        reverse=reverse,
+    )
+    if as_json:
+        show_json({"entries": [asdict(entry) for entry in entries]})
+        return 0
+    rows = [("ID", "ROLE", "ARRAY", "SHAPE", "BYTES", "UNITS", "ENCODING", "STORED")]
+    rows += [
+        (
+            entry.task_id,
+            entry.role or "-",
+            density_name(entry.array or "-"),
+            "x".join(map(str, entry.shape)) or "damaged",
+            format_bytes(entry.disk_bytes),
+            entry.units or "-",
+            entry.encoding or "-",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.stored_s)),
+        )
+        for entry in entries
+    ]
+    show_table(rows)
     return 0
 
 

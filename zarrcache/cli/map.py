@@ -21,11 +21,11 @@ from zarrcache.cli.options import (
     s3_options,
 )
 
-__all__ = ["make_map"]
+__all__ = ["map"]
 
 
 @command(resumable=False)
-def make_map(
+def map(
     directories: Annotated[
         list[str],
         typer.Argument(
