@@ -666,11 +666,12 @@ def test_rows_that_have_no_room_are_not_stored(tmp_path: Path) -> None:
 def test_structures_of_files_are_those_of_pymatgen(tmp_path: Path) -> None:
     """Of a CHGCAR it is made when it is asked for; nothing else needs pymatgen."""
     core = pytest.importorskip("pymatgen.core")
+    from tests.support.mpjson import write_json_pairs
     from zarrcache.demo.synthetic import write_pairs
 
-    for form in ("chgcar", "json.gz"):
+    for form, write in (("chgcar", write_pairs), ("json.gz", write_json_pairs)):
         root = tmp_path / form
-        (id_,) = write_pairs(root, 1, seed=SMALL, **({} if form == "chgcar" else {"form": form}))
+        (id_,) = write(root, 1, seed=SMALL)
         (root / "map.json").write_text(json.dumps({"GGA": [id_]}))
         config = DataConfig(
             data_dir=str(root / "input"),

@@ -20,6 +20,7 @@ import pytest
 
 from tests.support.chgcars import SMALL
 from tests.support.faultproxy import FaultProxy, Rule
+from tests.support.mpjson import write_json_pairs
 from tests.support.readers import make_reader
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
@@ -54,7 +55,7 @@ class Files:
     def __init__(self, root: Path) -> None:
         self.root = root
         write_pairs(root / "text", 6, seed=SMALL)
-        self.ids = write_pairs(root / "json", 6, seed=SMALL, form="json.gz")
+        self.ids = write_json_pairs(root / "json", 6, seed=SMALL)
         for role, folder in (("data", "input"), ("label", "label")):
             (root / role).mkdir()
             for id_, suffix in zip(self.ids, (*_PACK, ".json.gz", ".zarr.zip"), strict=True):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.chgcars import SMALL
+from tests.support.mpjson import write_json_pairs
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
-from zarrcache.demo.synthetic import write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "guides" / "materials-project.md").read_text()
@@ -32,7 +32,7 @@ def test_every_block_of_the_page_works_in_its_order(
 ) -> None:
     """Without credentials; the second training makes no request."""
     pytest.importorskip("torch", reason="needs the extra 'train'")
-    ids = write_pairs(tmp_path / "made", 5, seed=SMALL, form="json.gz")
+    ids = write_json_pairs(tmp_path / "made", 5, seed=SMALL)
     s3_server.client().put_bucket_acl(Bucket=bucket, ACL="public-read")
     for path in (tmp_path / "made" / "label").iterdir():
         url = f"s3://{bucket}/chgcars/{path.name}"

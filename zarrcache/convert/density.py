@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import warnings as python_warnings
@@ -14,9 +15,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from zarrcache._keys import Units
-from zarrcache.arrays import lattice_volume, no_density
+from zarrcache.arrays import DensityFile, lattice_volume, no_density, require_pymatgen
 from zarrcache.convert.formats import InputFormat, format_of, is_density_name, task_id_of
-from zarrcache.convert.parsers import RawDensity, pymatgen_version
+from zarrcache.convert.parsers import RawDensity
 from zarrcache.errors import ConfigError, SchemaError
 
 __all__ = ["ChargeDensity", "check_blocks", "check_name", "read_density"]
@@ -143,7 +144,7 @@ def read_density(
         # The mean of the rounded values, because readers compare it with what is stored.
         electrons=float(arrays["total"].mean(dtype=np.float64) * (volume or 1.0)),
         blocks=tuple(parsed.blocks),
-        pymatgen_version=pymatgen_version(),
+        pymatgen_version=_pymatgen_version(),
         warnings=tuple(notes),
         units=units,
     )
@@ -202,12 +203,15 @@ def _no_density(path: Path, why: str) -> SchemaError:
     )
 
 
-def _parse(path: Path, read: Callable[[Path], RawDensity]) -> RawDensity:
+def _parse(path: Path, read: Callable[[Path], RawDensity | DensityFile]) -> RawDensity:
     """Run a parser; any error becomes a SchemaError that names the file."""
+    require_pymatgen()
     with python_warnings.catch_warnings(record=True) as caught:
         python_warnings.simplefilter("always")
         try:
-            parsed = read(path)
+            found = read(path)
+            # The structure of a file of VASP is parsed now.
+            parsed = RawDensity(found.blocks, found.structure, found.task_id, found.notes)
         except (ConfigError, SchemaError, MemoryError):
             raise
         except OSError as exc:
@@ -237,6 +241,17 @@ def _parse(path: Path, read: Callable[[Path], RawDensity]) -> RawDensity:
     }
     parsed.notes += [f"pymatgen says: {guess}" for guess in sorted(guesses)]
     return parsed
+
+
+@functools.cache
+def _pymatgen_version() -> str:
+    """Version of pymatgen, or of pymatgen-core if only that is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("pymatgen")
+    except PackageNotFoundError:
+        return version("pymatgen-core")
 
 
 def _cause(exc: Exception) -> str:

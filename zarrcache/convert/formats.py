@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zarrcache._keys import check_task_id
-from zarrcache.convert.parsers import RawDensity, read_mp_json, read_npy, read_vasp_text
+from zarrcache.arrays import DensityFile, read_mp_json, read_vasp_text
+from zarrcache.convert.parsers import RawDensity, read_npy
 from zarrcache.errors import ConfigError
 
 __all__ = [
@@ -77,7 +78,7 @@ class InputFormat:
 
     name: str
     pattern: str
-    read: Callable[[Path], RawDensity]
+    read: Callable[[Path], RawDensity | DensityFile]
 
     def match(self, bare_name: str) -> re.Match[str] | None:
         """Match a file name without its compression suffix."""

@@ -1,8 +1,7 @@
-"""The built-in parsers of ``convert``: files of VASP, the Materials Project and QM9."""
+"""What a parser of ``convert`` returns, and the parser of the files of QM9."""
 
 from __future__ import annotations
 
-import functools
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,24 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache.arrays import (
-    DensityFile,
-    members_of,
-    read_npy_density,
-    require_pymatgen,
-    structure_of,
-)
-from zarrcache.arrays import read_mp_json as _read_mp_json
-from zarrcache.arrays import read_vasp_text as _read_vasp_text
+from zarrcache.arrays import members_of, read_npy_density, structure_of
 from zarrcache.errors import SchemaError
 
-__all__ = [
-    "RawDensity",
-    "pymatgen_version",
-    "read_mp_json",
-    "read_npy",
-    "read_vasp_text",
-]
+__all__ = ["RawDensity", "read_npy"]
 
 
 @dataclass
@@ -53,21 +38,8 @@ class RawDensity:
     notes: list[str] = field(default_factory=list)
 
 
-def read_vasp_text(path: Path) -> RawDensity:
-    """Parse a CHGCAR or another volumetric file of VASP, perhaps compressed."""
-    require_pymatgen()
-    return _raw(_read_vasp_text(path))
-
-
-def read_mp_json(path: Path) -> RawDensity:
-    """Parse JSON as the Materials Project writes it, perhaps compressed."""
-    require_pymatgen()
-    return _raw(_read_mp_json(path))
-
-
 def read_npy(path: Path) -> RawDensity:
     """Read ``rho_*.npy`` and the files beside it, as the QM9 data sets of electrai keep them."""
-    require_pymatgen()
     where = path.parent
     names = [name for name in members_of(os.listdir(where), str(where)) if name != path.name]
     beside = [name for name in names if not name.startswith("rho")]
@@ -82,18 +54,3 @@ def read_npy(path: Path) -> RawDensity:
     assert found.volume is not None  # of a lattice
     structure = structure_of(found.lattice, found.symbols, found.positions)
     return RawDensity({"total": found.values * np.float64(found.volume)}, structure)
-
-
-def _raw(found: DensityFile) -> RawDensity:
-    return RawDensity(found.blocks, found.structure, found.task_id, found.notes)
-
-
-@functools.cache
-def pymatgen_version() -> str:
-    """Version of pymatgen, or of pymatgen-core if only that is installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("pymatgen")
-    except PackageNotFoundError:
-        return version("pymatgen-core")

@@ -8,16 +8,12 @@ periodic images of an atom, and the number of electrons is the coefficient at G 
 
 from __future__ import annotations
 
-import gzip
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from zarrcache.errors import ConfigError
 
 __all__ = ["SyntheticPair", "make_pair", "write_pairs"]
 
@@ -119,27 +115,21 @@ def make_pair(seed: int, index: int, *, shape: tuple[int, int, int] | None = Non
     )
 
 
-def write_pairs(
-    directory: Path, n: int, seed: int = 0, *, form: Literal["chgcar", "json.gz"] = "chgcar"
-) -> list[str]:
+def write_pairs(directory: Path, n: int, seed: int = 0) -> list[str]:
     """Write ``n`` pairs to ``directory/input`` and ``directory/label``.
 
     Returns
     -------
     list of str
-        The task ids; the files are ``<task_id>.CHGCAR`` or ``<task_id>.json.gz``.
+        The task ids; the files are ``<task_id>.CHGCAR``.
     """
-    if form not in ("chgcar", "json.gz"):
-        raise ConfigError(f"form is {form!r}; it must be 'chgcar' or 'json.gz'.")
     task_ids = []
     for index in range(n):
         pair = make_pair(seed, index)
         for role, values in (("input", pair.data), ("label", pair.label)):
-            path = (
-                directory / role / f"{pair.task_id}.{'CHGCAR' if form == 'chgcar' else 'json.gz'}"
-            )
+            path = directory / role / f"{pair.task_id}.CHGCAR"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_chgcar(pair, values) if form == "chgcar" else _mp_json(pair, values))
+            path.write_bytes(_chgcar(pair, values))
         task_ids.append(pair.task_id)
     return task_ids
 
@@ -243,27 +233,3 @@ def _chgcar(pair: SyntheticPair, values: Grid) -> bytes:
     rows, rest = divmod(len(numbers), 5)
     form = (" %.11E" * 5 + "\n") * rows + (" %.11E" * rest + "\n" if rest else "")
     return ("\n".join(lines) + form % tuple(numbers)).encode()
-
-
-def _mp_json(pair: SyntheticPair, values: Grid) -> bytes:
-    """The layout of ``s3://materialsproject-parsed/chgcars/<task_id>.json.gz``."""
-    chgcar = {
-        "@module": "pymatgen.io.vasp.outputs",
-        "@class": "Chgcar",
-        "data": {
-            "total": {
-                "@module": "numpy",
-                "@class": "array",
-                "dtype": "float64",
-                "data": values.tolist(),
-            }
-        },
-        "data_aug": {"total": []},
-        "poscar": {
-            "@module": "pymatgen.io.vasp.inputs",
-            "@class": "Poscar",
-            "structure": pair.structure,
-            "comment": pair.task_id,
-        },
-    }
-    return gzip.compress(json.dumps({"task_id": pair.task_id, "data": chgcar}).encode(), 1, mtime=0)

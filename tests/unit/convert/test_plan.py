@@ -16,6 +16,7 @@ import pytest
 import zarr
 
 from tests.support.chgcars import SMALL
+from tests.support.mpjson import write_json_pairs
 from tests.support.stores import plain_read, small_group
 from zarrcache.config import ConfigError
 from zarrcache.convert.converter import ConvertResult
@@ -178,7 +179,7 @@ DAMAGE = {
 def pair_converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two densities and their stores; read only."""
     root = tmp_path_factory.mktemp("converted")
-    write_pairs(root, 2, seed=SMALL, form="json.gz")
+    write_json_pairs(root, 2, seed=SMALL)
     convert_directory(root / "label", root / "out", chunks=8, diff=True, workers=1)
     return root / "label", root / "out"
 
@@ -434,7 +435,7 @@ def test_a_destination_that_is_a_file_is_refused(source: Path, tmp_path: Path) -
 
 def test_a_task_id_inside_of_the_file_is_only_mentioned(tmp_path: Path) -> None:
     """The store is found by the file's name."""
-    write_pairs(tmp_path, 1, seed=SMALL, form="json.gz")
+    write_json_pairs(tmp_path, 1, seed=SMALL)
     shutil.move(tmp_path / "label" / f"{IDS[0]}.json.gz", tmp_path / "mp-9.json.gz")
     (result,) = convert_directory(tmp_path / "mp-9.json.gz", tmp_path / "out").converted
     assert result.target == str(tmp_path / "out" / "mp-9.zarr")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.support.mpjson import write_json_pairs
 from zarrcache.convert.density import read_density
 from zarrcache.demo.synthetic import make_pair, write_pairs
-from zarrcache.errors import ConfigError
 
 pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
 
@@ -54,17 +55,17 @@ def test_the_structure_survives_the_round_trip_of_pymatgen() -> None:
     assert sum(site.specie.Z for site in structure) >= pair.electrons
 
 
-@pytest.mark.parametrize("form", ["chgcar", "json.gz"])
-def test_the_converter_reads_written_pairs_without_a_warning(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize(("write", "end"), [(write_pairs, "CHGCAR"), (write_json_pairs, "json.gz")])
+def test_the_converter_reads_written_pairs_without_a_warning(
+    tmp_path: Path, write: Callable[..., list[str]], end: str
+) -> None:
     """To the last digit of float32."""
-    task_ids = write_pairs(tmp_path, 2, seed=1, form=form)  # type: ignore[arg-type]
+    task_ids = write(tmp_path, 2, seed=1)
     assert task_ids == ["syn-1-0000", "syn-1-0001"]
     for index, task_id in enumerate(task_ids):
         pair = make_pair(1, index)
         for role, values in (("input", pair.data), ("label", pair.label)):
-            density = read_density(
-                tmp_path / role / f"{task_id}.{'CHGCAR' if form == 'chgcar' else form}"
-            )
+            density = read_density(tmp_path / role / f"{task_id}.{end}")
             assert density.warnings == ()
             assert np.allclose(density.total, values, rtol=1e-6, atol=0)
             assert [site["label"] for site in density.structure["sites"]] == [
@@ -78,8 +79,3 @@ def test_pymatgen_reads_the_same_grid_from_the_text(tmp_path: Path) -> None:
     (task_id,) = write_pairs(tmp_path, 1, seed=8)
     total = Chgcar.from_file(str(tmp_path / "label" / f"{task_id}.CHGCAR")).data["total"]
     assert np.allclose(total, make_pair(8, 0).label, rtol=1e-10, atol=0)
-
-
-def test_an_unknown_form_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'cube'.*'chgcar' or 'json\.gz'"):
-        write_pairs(tmp_path, 1, form="cube")  # type: ignore[arg-type]
