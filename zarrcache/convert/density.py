@@ -52,7 +52,6 @@ class ChargeDensity:
     pymatgen_version: str
     #: Suspicious findings, one sentence each.
     warnings: tuple[str, ...] = ()
-    units: Units = "cell"
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -146,7 +145,6 @@ def read_density(
         blocks=tuple(parsed.blocks),
         pymatgen_version=_pymatgen_version(),
         warnings=tuple(notes),
-        units=units,
     )
 
 

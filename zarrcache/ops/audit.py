@@ -12,7 +12,6 @@ import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,7 +133,7 @@ def audit(
     # numpy and the file system release the GIL; one thread per core reads at the disk's speed.
     threads = min(8, 2 * (os.cpu_count() or 1))
     examine = functools.partial(_examine, reader)
-    with closing(concurrently(examine, task_ids, progress, threads=threads)) as pairs:
+    with concurrently(examine, task_ids, progress, threads=threads) as pairs:
         for pair in pairs:
             findings += pair.findings
             for channel, density in pair.densities.items():

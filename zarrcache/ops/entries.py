@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zarrcache.arrays import stem_of
@@ -37,14 +38,15 @@ class CachedDensity:
     stored_s: float
 
 
-_ORDERS: dict[str, Callable[[CachedDensity], object]] = {
-    "id": lambda entry: (entry.task_id, entry.role),
-    "role": lambda entry: (entry.role, entry.task_id),
-    "shape": lambda entry: entry.shape,
-    "bytes": lambda entry: entry.disk_bytes,
-    "units": lambda entry: (entry.units, entry.task_id),
-    "encoding": lambda entry: (entry.encoding, entry.task_id),
-    "stored": lambda entry: entry.stored_s,
+#: Columns to sort by, and the fields that they show.
+_COLUMNS = {
+    "id": "task_id",
+    "role": "role",
+    "shape": "shape",
+    "bytes": "disk_bytes",
+    "units": "units",
+    "encoding": "encoding",
+    "stored": "stored_s",
 }
 
 
@@ -59,10 +61,10 @@ def list_entries(
     """List the cached densities of a training config, or of the whole cache. Sends no request.
 
     ``ids``, and the pattern ``match`` (``mp-12*``), narrow the choice. ``sort`` is a key of
-    ``_ORDERS``.
+    ``_COLUMNS``.
     """
-    if sort not in _ORDERS:
-        raise ConfigError(f"{sort!r} is no column to sort by. Columns: {', '.join(_ORDERS)}.")
+    if sort not in _COLUMNS:
+        raise ConfigError(f"{sort!r} is no column to sort by. Columns: {', '.join(_COLUMNS)}.")
     selection, index = select(config, ids if isinstance(config, DataConfig) else None)
     if not open_if_present(index):
         return []
@@ -98,5 +100,5 @@ def list_entries(
                 stored_s=row.stored_s,
             )
         )
-    found.sort(key=_ORDERS[sort], reverse=reverse)  # type: ignore[arg-type]
-    return found
+    key = operator.attrgetter(_COLUMNS[sort], "task_id", "role")
+    return sorted(found, key=key, reverse=reverse)

@@ -34,7 +34,7 @@ class EvictPlan:
 
     entries: tuple[Row, ...]
     directory: Path
-    index: Index | None = field(repr=False)
+    index: Index = field(repr=False)
     absent: tuple[str, ...] = ()
 
     @property
@@ -62,9 +62,9 @@ class EvictPlan:
         ConfigError
             The cache can only be read.
         """
-        if self.index is None:
+        if not self.entries:
             return 0
-        if self.entries and self.index.is_read_only:
+        if self.index.is_read_only:
             raise ConfigError(
                 f"cache.dir {self.directory} cannot be written by this process, so nothing was "
                 "evicted. Run the command as its owner, where it is mounted writable."
@@ -126,7 +126,7 @@ def plan_evict(
         raise ConfigError("ids and all exclude each other. Give one of them.")
     selection, index = select(config, ids)
     if not open_if_present(index):
-        return EvictPlan((), index.dir.parent, None, tuple(ids or ()))
+        return EvictPlan((), index.dir.parent, index, tuple(ids or ()))
     rows, cached = list(index.rows()), set()
     if selection is not None and not everything:
         every, rows = rows, []

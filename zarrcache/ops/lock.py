@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def make_lock(
         )
 
     densities: dict[str, dict[str, LockedDensity]] = {}
-    with closing(concurrently(locked, wanted, progress)) as found:
+    with concurrently(locked, wanted, progress) as found:
         for (task_id, channel), density in zip(wanted, found, strict=True):
             of_material = densities.setdefault(task_id, {})
             if density is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -310,8 +310,8 @@ class Selection:
             for row in rows
             if row.kind == ARRAY and (store := self.store_of(row)) is not None
         ]
-        with closing(
-            concurrently(lambda one: self._compare(*one, examines=examines), candidates)
+        with concurrently(
+            lambda one: self._compare(*one, examines=examines), candidates
         ) as answers:
             return list(answers)
 
@@ -392,24 +392,30 @@ def known_refusal(config: DataConfig | CacheConfig) -> str:
         return ""
 
 
+@contextmanager
 def concurrently(
     ask: Callable[[T], R],
     items: Sequence[T],
     progress: Callable[[int, int], object] | None = None,
     *,
     threads: int = LISTERS,
-) -> Generator[R]:
-    """Yield ``ask(item)`` for each item, in order, with many calls at once.
+) -> Iterator[Iterator[R]]:
+    """Call ``ask(item)`` for each item, many at once: ``with`` it, iterate over the answers, in the
+    order of the items.
 
-    After each, ``progress`` gets the number of those done, and of all. Closing the generator (after
-    an error or Ctrl-C) cancels calls that have not started.
+    After each, ``progress`` gets the number of those done, and of all. At the end (also after an
+    error or Ctrl-C) calls that have not started are cancelled.
     """
+
+    def answers() -> Iterator[R]:
+        for done, answer in enumerate(pool.map(ask, items), 1):
+            yield answer
+            if progress is not None:
+                progress(done, len(items))
+
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for done, answer in enumerate(pool.map(ask, items), 1):
-                yield answer
-                if progress is not None:
-                    progress(done, len(items))
+            yield answers()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,8 +86,7 @@ def measure_sizes(
     ``compression``, the result of :func:`measure_compression`.
     """
     entry_bytes = functools.partial(_entry_bytes, encoding=encoding, compression=compression)
-    sizes = concurrently(lambda of: _measured(reader, *of, entry_bytes), densities, progress)
-    with closing(sizes):
+    with concurrently(lambda of: _measured(reader, *of, entry_bytes), densities, progress) as sizes:
         return list(sizes)
 
 

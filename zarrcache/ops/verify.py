@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -93,9 +93,9 @@ class VerifyReport:
     directory: Path
     entries: int
     nbytes: int
-    corrupt: tuple[Problem, ...]
-    stale: tuple[Problem, ...]
-    strays: tuple[str, ...]
+    corrupt: tuple[Problem, ...] = ()
+    stale: tuple[Problem, ...] = ()
+    strays: tuple[str, ...] = ()
     unreadable: tuple[Problem, ...] = ()
     is_read_only: bool = False
     flawed: tuple[Problem, ...] = ()
@@ -148,7 +148,7 @@ def verify(
     else:
         selection, index = select(always)
     if not open_if_present(index):
-        return VerifyReport(index.dir.parent, 0, 0, (), (), ())
+        return VerifyReport(index.dir.parent, 0, 0)
     index.sweep()
     rows = list(index.rows())
     total_bytes = sum(row.size_bytes for row in rows)
@@ -176,32 +176,25 @@ def verify(
         directory=index.dir.parent,
         entries=len(rows),
         nbytes=total_bytes,
-        corrupt=tuple(found.corrupt),
-        stale=tuple(found.stale),
         strays=() if index.is_read_only else _remove_strays(index),
-        unreadable=tuple(found.unreadable),
         is_read_only=index.is_read_only,
-        flawed=tuple(found.flawed),
-        filled=tuple(found.filled),
         within_bound=within_bound,
-        gone=tuple(found.gone),
+        **{kind: tuple(problems) for kind, problems in found.problems.items()},
     )
 
 
 class _Findings:
-    """What is wrong with the entries of a cache. Attributes as those of `VerifyReport`.
+    """What is wrong with the entries of a cache, by the names of `VerifyReport`.
 
     With ``fills`` absent chunks are not a flaw (``cache.missing_chunks: fill``).
     """
 
     def __init__(self, index: Index, *, fills: bool) -> None:
         self._index, self._fills = index, fills
-        self.corrupt: list[Problem] = []
-        self.stale: list[Problem] = []
-        self.gone: list[Problem] = []
-        self.unreadable: list[Problem] = []
-        self.flawed: list[Problem] = []
-        self.filled: list[Problem] = []
+        self.problems: dict[str, list[Problem]] = defaultdict(list)
+
+    def _note(self, kind: str, row: Row, why: str) -> None:
+        self.problems[kind].append(Problem(row.filename, origin_and_url(row)[1], why))
 
     def _drop(self, row: Row) -> int:
         if self._index.is_read_only:
@@ -210,7 +203,7 @@ class _Findings:
 
     def _drop_corrupt(self, row: Row, why: str) -> None:
         self._drop(row)
-        self.corrupt.append(_problem(row, why))
+        self._note("corrupt", row, why)
 
     def check(self, row: Row) -> _Checked | None:
         """Check one file; None if it is corrupt, which drops the entry, or cannot be read."""
@@ -219,14 +212,14 @@ class _Findings:
         except FileNotFoundError:
             # If it was evicted after the rows were read, there is no row left to drop.
             if self._drop(row):
-                self.corrupt.append(_problem(row, "its file is gone"))
+                self._note("corrupt", row, "its file is gone")
         except CorruptEntryError as exc:
             self._drop_corrupt(row, str(exc))
         except OSError as exc:
             if exc.errno == errno.ELOOP:  # a planted link
                 self._drop_corrupt(row, "it is a symbolic link")
             else:
-                self.unreadable.append(_problem(row, exc.strerror or str(exc)))
+                self._note("unreadable", row, exc.strerror or str(exc))
         return None
 
     def judge(self, checked: _Checked, compared: Compared) -> bool:
@@ -236,27 +229,26 @@ class _Findings:
         """
         row, is_stale, lacks, stated, volume, is_gone = compared
         if is_gone:
-            self.gone.append(_problem(row, "it is gone at the origin; the entry is kept"))
+            self._note("gone", row, "it is gone at the origin; the entry is kept")
             return False
         # A store that lacks chunks is no version to replace a whole entry with.
         is_stale = is_stale and (not lacks or self._fills)
         if is_stale:
             self._drop(row)
-            self.stale.append(_problem(row, "the origin has another version"))
+            self._note("stale", row, "the origin has another version")
         else:
             electrons = checked.mean
             if electrons is not None and checked.units == "volume":
                 electrons = None if volume is None else electrons * volume
             why = disagreement(electrons, stated, checked.relative_error)
             if why:
-                self.flawed.append(_problem(row, why))
+                self._note("flawed", row, why)
             if not lacks and checked.flaws.missing_chunks:
                 lacks = str(Flaws(missing_chunks=checked.flaws.missing_chunks))
             if checked.flaws.nonfinite:
-                why = str(Flaws(nonfinite=checked.flaws.nonfinite))
-                self.flawed.append(_problem(row, why))
+                self._note("flawed", row, str(Flaws(nonfinite=checked.flaws.nonfinite)))
         if lacks:
-            (self.filled if self._fills else self.flawed).append(_problem(row, lacks))
+            self._note("filled" if self._fills else "flawed", row, lacks)
         return not is_stale
 
     def compare_rounded(self, selection: Selection, rows: Sequence[Row]) -> int:
@@ -266,7 +258,7 @@ class _Findings:
         """
         sample = rows[:: max(1, -(-len(rows) // _SAMPLED))]
         within_bound = 0
-        with closing(concurrently(functools.partial(_exceeds, selection), sample)) as answers:
+        with concurrently(functools.partial(_exceeds, selection), sample) as answers:
             for row, why in zip(sample, answers, strict=True):
                 if why:
                     self._drop_corrupt(row, why)
@@ -325,10 +317,6 @@ def _check(row: Row, path: Path) -> _Checked:
     if len(data) > row.size_bytes or str(crc32c(data)) != row.note.partition("\n")[0]:
         raise CorruptEntryError("its checksum does not match")
     return _Checked(SOUND)
-
-
-def _problem(row: Row, why: str) -> Problem:
-    return Problem(row.filename, origin_and_url(row)[1], why)
 
 
 def _remove_strays(index: Index) -> tuple[str, ...]:

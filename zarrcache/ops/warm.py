@@ -162,8 +162,7 @@ class WarmPlan:
         fresh, gets, fetch_bytes = 0, 0, 0
         failed, absent, unread = [], [], set()
         found: dict[Channel, dict[str, bool]] = defaultdict(dict)
-        answers = concurrently(lambda density: _compare(self.reader, *density), densities)
-        with closing(answers):
+        with concurrently(lambda one: _compare(self.reader, *one), densities) as answers:
             for done, (result, count, nbytes) in enumerate(answers, start=1):
                 gets += count
                 fetch_bytes += nbytes
