@@ -141,7 +141,7 @@ _Result = tuple[dict[str, Any], str, list[str], list[str], bool]
 
 
 def _estimate(plan: WarmPlan) -> _Result:
-    with Meter("Listing", "densities", len(plan.densities)) as meter:
+    with Meter("Listing", "densities", 0) as meter:
         estimate = plan.estimate(meter.reach)
     failures(f"{result.name}: {result.error}" for result in estimate.failed)
     document = {**asdict(estimate), "ids": len(plan.task_ids)}

@@ -10,10 +10,10 @@ import functools
 import logging
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -149,45 +149,42 @@ class WarmPlan:
         assert self.reader.cache_config is not None
         return self.reader.cache_config
 
-    def estimate(self, progress: Callable[[int], object] | None = None) -> WarmEstimate:
+    def estimate(self, progress: Callable[[int, int], object] | None = None) -> WarmEstimate:
         """Compare up to 1,000 densities of the plan with the origin: one LIST each, no GET.
 
         Parameters
         ----------
         progress : callable, optional
-            Called with the number of densities compared so far.
+            Called with the number of densities compared so far, and to compare.
         """
         chosen = np.linspace(0, len(self.densities) - 1, min(_COMPARED, len(self.densities)))
         densities = [self.densities[place] for place in chosen.astype(np.int64)]
-        fresh, gets, fetch_bytes = 0, 0, 0
-        failed, absent, unread = [], [], set()
+        with concurrently(lambda one: _compare(self.reader, *one), densities, progress) as answers:
+            results = list(answers)
         found: dict[Channel, dict[str, bool]] = defaultdict(dict)
-        with concurrently(lambda one: _compare(self.reader, *one), densities) as answers:
-            for done, (result, count, nbytes) in enumerate(answers, start=1):
-                gets += count
-                fetch_bytes += nbytes
-                fresh += result.outcome == "hit"
-                absent += [result] if result.outcome == "absent" else []
-                failed += [result] if result.outcome == "failed" else []
-                density = task_id, role, array = result.task_id, result.role, result.array
-                if self.reader.is_optional(role, array):
-                    if result.outcome == "bypass" and _is_whole(self.reader, density):
-                        unread.add((task_id, role))
-                    elif result.is_absent or result.outcome != "failed":
-                        found[Channel(role, array)][task_id] = result.is_absent
-                if progress is not None:
-                    progress(done)
+        unread = set()
+        for result in results:
+            density = task_id, role, array = result.task_id, result.role, result.array
+            if not self.reader.is_optional(role, array):
+                continue
+            if result.outcome == "bypass" and _is_whole(self.reader, density):
+                unread.add((task_id, role))
+            elif result.is_absent or result.outcome != "failed":
+                found[Channel(role, array)][task_id] = result.is_absent
         if found:
             self.reader.absences.note(found)
-        lacking = {result.task_id for result in absent} | {id_ for id_, *_ in self.absent}
+        outcomes = Counter(result.outcome for result in results)
+        lacking = {result.task_id for result in results if result.outcome == "absent"}
+        lacking |= {task_id for task_id, *_ in self.absent}
         scale = len(self.densities) / max(1, len(densities))
         return WarmEstimate(
             compared=len(densities),
-            fresh=self.trusted + round(scale * fresh),
-            to_fetch=round(scale * (len(densities) - fresh - len(failed) - len(absent))),
-            requests=len(self.densities) + round(scale * gets),
-            fetch_bytes=round(scale * fetch_bytes),
-            failed=tuple(failed),
+            fresh=self.trusted + round(scale * outcomes["hit"]),
+            to_fetch=round(scale * outcomes["bypass"]),
+            requests=len(self.densities)
+            + round(scale * sum(result.listed_objects for result in results)),
+            fetch_bytes=round(scale * sum(result.listed_bytes for result in results)),
+            failed=tuple(result for result in results if result.outcome == "failed"),
             lacking=tuple(id_ for id_ in self.task_ids if id_ in lacking),
             unread=len(unread),
             refusal=self.reader.absences.refusal(),
@@ -484,8 +481,7 @@ class _Warmer:
     def __call__(self, density: Density, reserve: Reserve | None = None) -> WarmResult:
         # Once the cache is full, fetching would cost requests without storing anything.
         if self._bypassed_in_a_row >= _FULL_AFTER:
-            result, _, listed_bytes = _compare(self._reader, *density)
-            result = replace(result, listed_bytes=listed_bytes)
+            result = _compare(self._reader, *density)
             if result.outcome == "bypass" or result.is_absent:
                 self._drop(density)
             return result
@@ -516,28 +512,30 @@ class _Warmer:
         _index(self._reader).drop([one.digest for one in keys])
 
 
-def _compare(
-    reader: ZarrS3Reader, task_id: str, role: Role, array: str
-) -> tuple[WarmResult, int, int]:
+def _compare(reader: ZarrS3Reader, task_id: str, role: Role, array: str) -> WarmResult:
     """Compare one density with the origin, by one LIST.
 
-    The result is ``hit`` if it is fresh, else ``bypass``, or ``failed``; then the number of objects
-    and bytes to fetch.
+    The result is ``hit`` if it is fresh, ``bypass`` if it would be fetched, or ``failed``.
     """
     try:
         listed = reader.listing(task_id, role, array)
     except ZarrCacheError as exc:
-        return _failure((task_id, role, array), exc, reader), 0, 0
+        return _failure((task_id, role, array), exc, reader)
     key = reader.key(task_id, role, array)
     for one in (key, key.exact):  # an entry in float32 is encoded without a request
         header = stored_header(_index(reader), one.digest) if one is not None else None
         if header is not None and header.source == source_digest(listed):
-            result = WarmResult(
+            return WarmResult(
                 task_id, role, "hit", header.decoded_bytes, flaws=header.flaws, array=array
             )
-            return result, 0, 0
-    result = WarmResult(task_id, role, "bypass", array=array)
-    return result, len(listed), sum(obj.size_bytes for obj in listed)
+    return WarmResult(
+        task_id,
+        role,
+        "bypass",
+        array=array,
+        listed_objects=len(listed),
+        listed_bytes=sum(obj.size_bytes for obj in listed),
+    )
 
 
 def _failure(density: Density, exc: ZarrCacheError, reader: ZarrS3Reader) -> WarmResult:

@@ -45,8 +45,8 @@ class WarmResult:
         What is wrong with a density that was read.
     array : str
         Name of the array in the store.
-    listed_bytes : int
-        Size of its objects, if the cache was full and they were listed only.
+    listed_objects, listed_bytes : int
+        Number and size of its objects, if they would be fetched and were listed only.
     """
 
     task_id: str
@@ -59,6 +59,7 @@ class WarmResult:
     flaws: Flaws = SOUND
     array: str = ""
     is_absent: bool = False
+    listed_objects: int = 0
     listed_bytes: int = 0
 
     @property

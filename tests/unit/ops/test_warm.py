@@ -320,9 +320,9 @@ def test_of_many_densities_an_estimate_lists_a_sample(
             small_group(tmp_path / role / f"mp-{number}.zarr", seed=number)
     write_map(tmp_path, 10)
     plan = plan_warm(DataConfig.from_yaml(write_config(tmp_path)))
-    listed: list[int] = []
-    estimate = plan.estimate(listed.append)
-    assert listed == [1, 2, 3, 4, 5]
+    listed: list[tuple[int, int]] = []
+    estimate = plan.estimate(lambda *done_of_all: listed.append(done_of_all))
+    assert listed == [(done, 5) for done in range(1, 6)]
     monkeypatch.undo()
     exact = plan.estimate()
     assert (estimate.compared, exact.compared) == (5, 20)
