@@ -47,7 +47,7 @@ class World:
                 f"{counted(len(self.node_of_rank), 'process', 'processes')}: ranks go from 0 to "
                 f"{len(self.node_of_rank) - 1}."
             )
-        if set(self.node_of_rank) != set(range(self.nodes)):
+        if {*self.node_of_rank} != {*range(len({*self.node_of_rank}))}:
             raise ConfigError(
                 f"the nodes of the ranks are {self.node_of_rank}; nodes have to be numbered from "
                 "0 without a gap."

@@ -13,7 +13,7 @@ import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,37 +30,9 @@ Indices = NDArray[np.int64]
 _ROLE = {role: number for number, role in enumerate(ROLES)}
 
 
-class Orders(Protocol):
-    """The order of reads in each epoch, as positions in ``names``.
-
-    An epoch after the last one known is empty.
-
-    Attributes
-    ----------
-    names : sequence of str
-    ranks : int
-        Number of ranks on this node; they are assumed to advance together.
-    epochs_ahead : int
-        Number of epochs, including the current one, that decide which samples are needed last.
-    """
-
-    @property
-    def names(self) -> Sequence[str]: ...
-
-    @property
-    def ranks(self) -> int: ...
-
-    @property
-    def epochs_ahead(self) -> int: ...
-
-    def of_rank(self, epoch: int) -> Indices: ...
-
-    def of_node(self, epoch: int) -> Indices: ...
-
-
 @dataclass(frozen=True)
 class Scheduled:
-    """The orders of a ``NodeSampler``.
+    """The order of reads in each epoch, by a ``NodeSampler``, as positions in ``names``.
 
     Attributes
     ----------
@@ -88,10 +60,12 @@ class Scheduled:
 
     @property
     def ranks(self) -> int:
+        """Number of ranks on this node; they are assumed to advance together."""
         return self.schedule.node_of_rank.count(self.node)
 
     @property
     def epochs_ahead(self) -> int:
+        """Epochs, with the current one, that decide which samples are needed last."""
         # With n nodes, a node reads a sample again after n epochs on average. For four nodes with
         # room for a quarter each, two epochs reach 75 % of the hits of offline Belady, three 92 %,
         # four 99.5 % and five all (tests/unit/train/test_belady.py).
@@ -111,6 +85,8 @@ class Scheduled:
 @dataclass(frozen=True)
 class Listed:
     """Orders that any sampler drew in advance, one list per epoch, with repetitions or without.
+
+    An epoch after the last one is empty.
 
     >>> Listed(("mp-1", "mp-2"), (("mp-2", "mp-2"), ("mp-1", "mp-2"))).of_rank(0).tolist()
     [1, 1]
@@ -203,6 +179,9 @@ def _named(one: Any, names: tuple[str, ...], epoch: int) -> str:
             f"samples. Give names of dataset.task_ids, or positions from 0 to {len(names) - 1}."
         )
     return names[position]
+
+
+Orders: TypeAlias = Scheduled | Listed
 
 
 class ReadProgress:

@@ -43,8 +43,6 @@ class NodeSampler(Sampler[int]):
         one per rank twice.
     world : World, optional
         Ranks and their nodes. Default: from torch.distributed, torchrun or Slurm.
-    nbytes : sequence of int, optional
-        Sizes of the samples, to balance the nodes' shares by bytes.
 
     Attributes
     ----------
@@ -78,7 +76,6 @@ class NodeSampler(Sampler[int]):
         shuffle: bool = True,
         drop_last: bool = False,
         world: World | None = None,
-        nbytes: Sequence[int] | None = None,
     ) -> None:
         self.world = World.here() if world is None else world
         self.schedule = Schedule(
@@ -88,7 +85,6 @@ class NodeSampler(Sampler[int]):
             seed=whole_number("seed", seed),
             shuffle=shuffle,
             drop_last=drop_last,
-            nbytes=None if nbytes is None else tuple(map(int, nbytes)),
         )
         if self.schedule.names and not self.schedule.samples_of_rank:
             raise ConfigError(
@@ -164,11 +160,19 @@ class NodeSampler(Sampler[int]):
             The state is of other samples, another seed or another assignment, so the rest of its
             epoch cannot be computed; or it is not a state of a ``NodeSampler``.
         """
-        if not isinstance(state, Mapping):
-            raise _bad_state(f"it is {reprlib.repr(state)}")
-        for name in ("epoch", "history", "samples"):
-            if name not in state:
-                raise _bad_state(f"key {name!r} is missing")
+        try:
+            epoch = whole_number("epoch", state["epoch"])
+            history = tuple(
+                Segment(
+                    World(0, tuple(one["node_of_rank"])).node_of_rank,
+                    whole_number("taken", one["taken"]),
+                )
+                for one in state["history"]
+            )
+            _ = state["samples"]
+        except (KeyError, TypeError, ConfigError) as exc:
+            why = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc)
+            raise _bad_state(f"it is {reprlib.repr(state)} ({why.removesuffix('.')})") from None
         for name, here in self._identity().items():
             if state.get(name) != here:
                 hint = (
@@ -181,21 +185,33 @@ class NodeSampler(Sampler[int]):
                     "Resume with the data, seed and assignment of the run that saved it, or start "
                     "the epoch from its beginning without load_state_dict()."
                 )
-        epoch = _whole("epoch", state["epoch"])
-        history = _history(state["history"], self.schedule)
+        self._check_possible(history)
         self.epoch, self._history, self._yielded = epoch, history, 0
+
+    def _check_possible(self, history: Sequence[Segment]) -> None:
+        """Refuse a history that no job can have."""
+        left = len(self.schedule.names)
+        for segment in history:
+            ranks, taken = len(segment.node_of_rank), segment.taken
+            each = left // ranks if self.schedule.drop_last else -(-left // ranks)
+            # A state saved at the end of an epoch is that of the next epoch, without a history.
+            if taken and taken >= each:
+                raise _bad_state(
+                    f"taken is {taken}, but each of {ranks} ranks had only {each} samples to read"
+                )
+            # No sample counts twice: only the last one of a rank can be a repetition.
+            left -= ranks * taken
 
     def _identity(self) -> dict[str, Any]:
         schedule = self.schedule
-        nbytes = schedule.nbytes
         return {
-            "samples": _digest("\n".join(schedule.names)),
+            "samples": hashlib.blake2b(
+                "\n".join(schedule.names).encode(), digest_size=8
+            ).hexdigest(),
             "assignment": schedule.assignment,
             "seed": schedule.seed,
             "shuffle": schedule.shuffle,
             "drop_last": schedule.drop_last,
-            # With assignment="node" they decide which node reads what.
-            "nbytes": None if nbytes is None else _digest(",".join(map(str, nbytes))),
         }
 
 
@@ -207,57 +223,8 @@ def _names(source: Sized) -> tuple[str, ...]:
     return tuple(map(str, range(len(source))))
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 def _bad_state(wrong: str) -> ConfigError:
     return ConfigError(
         f"Cannot load sampler state: {wrong}. Pass the dict returned by NodeSampler.state_dict(), "
         "or start the epoch from its beginning without load_state_dict()."
-    )
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        return whole_number(name, value)
-    except ConfigError as exc:
-        raise _bad_state(str(exc).removesuffix(".")) from None
-
-
-def _history(segments: Any, schedule: Schedule) -> tuple[Segment, ...]:
-    """Check the history of a state; refused if no job can have read it."""
-    if not isinstance(segments, (list, tuple)):
-        raise _bad_state(f"history is {reprlib.repr(segments)}; it has to be a list")
-    history: list[Segment] = []
-    left = len(schedule.names)
-    for number, one in enumerate(segments):
-        where = f"history[{number}]"
-        if not isinstance(one, Mapping) or not {"node_of_rank", "taken"} <= set(one):
-            raise _bad_state(
-                f"{where} is {reprlib.repr(one)}; it has to have 'node_of_rank' and 'taken'"
-            )
-        nodes = _nodes(f"{where}['node_of_rank']", one["node_of_rank"])
-        taken = _whole(f"{where}['taken']", one["taken"])
-        each = left // len(nodes) if schedule.drop_last else -(-left // len(nodes))
-        # A state saved at the end of an epoch is that of the next epoch, without a history.
-        if taken and taken >= each:
-            raise _bad_state(
-                f"{where}['taken'] is {taken}, but each of its {len(nodes)} ranks had only {each} "
-                "samples to read"
-            )
-        history.append(Segment(nodes, taken))
-        # No sample counts twice: only the last one of a rank can be a repetition.
-        left -= len(nodes) * taken
-    return tuple(history)
-
-
-def _nodes(name: str, nodes: Any) -> tuple[int, ...]:
-    if isinstance(nodes, (list, tuple)) and nodes:
-        numbers = tuple(_whole(name, node) for node in nodes)
-        if set(numbers) == set(range(len(set(numbers)))):
-            return numbers
-    raise _bad_state(
-        f"{name} is {reprlib.repr(nodes)}; it has to be the node of each rank, numbered from 0 "
-        "without gaps"
     )

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -69,8 +69,6 @@ class Schedule:
     drop_last : bool
         All ranks get the same number of samples, as with torch's ``DistributedSampler``: by leaving
         out up to one sample per rank, or, if False, by reading up to one per rank twice.
-    nbytes : tuple of int, optional
-        Sizes of the samples, to balance the nodes' shares by bytes as well as by number.
     """
 
     names: tuple[str, ...]
@@ -79,7 +77,6 @@ class Schedule:
     seed: int = 0
     shuffle: bool = True
     drop_last: bool = False
-    nbytes: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.assignment not in ("global", "node"):
@@ -87,11 +84,6 @@ class Schedule:
                 f"assignment is {self.assignment!r}; it has to be 'global' or 'node'."
             )
         whole_number("seed", self.seed)
-        if self.nbytes is not None and len(self.nbytes) != len(self.names):
-            raise ConfigError(
-                f"nbytes has {len(self.nbytes)} sizes for {len(self.names)} samples. Give one per "
-                "sample."
-            )
 
     @property
     def samples_of_rank(self) -> int:
@@ -148,7 +140,7 @@ class Schedule:
         ]
 
     def _owners_among(self, groups: Sequence[Sequence[int]]) -> Indices:
-        return node_of(self.names, [len(ranks) for ranks in groups], nbytes=self.nbytes)
+        return node_of(self.names, [len(ranks) for ranks in groups])
 
     def _share_out(
         self, epoch: int, left: Indices, start: int, node_of_rank: tuple[int, ...]
@@ -172,9 +164,7 @@ class Schedule:
         return orders
 
 
-def node_of(
-    names: Sequence[str], nodes: int | Sequence[int], *, nbytes: Sequence[int] | None = None
-) -> Indices:
+def node_of(names: Sequence[str], nodes: int | Sequence[int]) -> Indices:
     """Assign each sample to a node, identically in every process and for any order of the names.
 
     The samples are sorted by a hash of their names, and the sorted list is cut into equal parts.
@@ -185,9 +175,6 @@ def node_of(
     names : sequence of str
     nodes : int or sequence of int
         The number of nodes, or the weight (number of ranks) of each.
-    nbytes : sequence of int, optional
-        Balance the bytes as well: samples are assigned largest first, each to the node with the
-        fewest bytes per weight that has not got its number of samples yet.
 
     Returns
     -------
@@ -213,16 +200,7 @@ def node_of(
         [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) for name in names],
         np.uint64,
     )
-    if nbytes is None:
-        owners[np.argsort(hashed, kind="stable")] = np.repeat(np.arange(len(weights)), quotas)
-        return owners
-    sizes = np.asarray(nbytes, np.int64)
-    filled, counts = np.zeros(len(weights)), np.zeros(len(weights), np.int64)
-    for index in np.lexsort((hashed, -sizes)):
-        node = int(np.argmin(np.where(counts < quotas, filled / weights, np.inf)))
-        owners[index] = node
-        filled[node] += sizes[index]
-        counts[node] += 1
+    owners[np.argsort(hashed, kind="stable")] = np.repeat(np.arange(len(weights)), quotas)
     return owners
 
 

@@ -128,18 +128,9 @@ def test_a_sample_stays_with_its_node_whatever_else_there_is() -> None:
     assert (more != nodes).mean() < 0.02
 
 
-def test_shares_follow_the_weights_and_the_bytes() -> None:
-    """A node with three ranks has three times the samples; ``nbytes`` balances the bytes."""
+def test_shares_follow_the_weights() -> None:
+    """A node with three ranks has three times the samples."""
     assert np.bincount(node_of(names(100), [3, 1])).tolist() == [75, 25]
-    sizes = np.random.default_rng(0).lognormal(1, 1, 3000)
-    by_number = node_of(names(3000), 4)
-    by_bytes = node_of(names(3000), 4, nbytes=(sizes * 1e6).astype(int).tolist())
-    assert np.bincount(by_bytes).tolist() == [750] * 4
-    spread = [
-        np.ptp([sizes[nodes == node].sum() for node in range(4)]) / sizes.sum()
-        for nodes in (by_number, by_bytes)
-    ]
-    assert spread[1] < 0.001 < spread[0]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +138,6 @@ def test_shares_follow_the_weights_and_the_bytes() -> None:
     [
         (lambda: Schedule(names(3), assignment="rank"), "'global' or 'node'"),  # type: ignore[arg-type]
         (lambda: Schedule(names(3), seed=-1), "seed is -1"),
-        (lambda: Schedule(names(3), nbytes=(1, 2)), "2 sizes for 3 samples"),
         (lambda: node_of(names(3), 0), "nodes is 0; it has to be a whole number from 1"),
     ],
 )
