@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -111,15 +111,10 @@ def warm(
         limit_bytes=limit,
         world=world if assignment == "node" else None,
     )
-    if dry_run:
-        document, text, errors, notes, is_good = _estimate(plan)
-    else:
-        document, text, errors, notes, is_good = _execute(plan, dask, workers)
-    if not plan.task_ids and world is None and not document.get("refusal"):
+    report, text, errors, notes = _estimate(plan) if dry_run else _execute(plan, dask, workers)
+    if not plan.task_ids and world is None and not report.refusal:
         errors = [nothing_selected(plan, split), *errors]
-        is_good = False
-    document["missing"] = plan.missing
-    refusal = document.get("refusal", "")
+    document = {**asdict(report), "missing": plan.missing}
     if world is not None:  # many nodes write to one terminal
         document = {"nodes": [{"node": node_name(), "summary": text, **document}]}
         text = f"{node_name()}: {text}"
@@ -131,27 +126,20 @@ def warm(
             say(f"error: {error}", always=True)
         for note in notes:
             say(note)
-    if refusal:  # hours later it would stop the training
-        raise ConfigError(refusal)
-    return 0 if is_good else 1
+    if report.refusal:  # hours later it would stop the training
+        raise ConfigError(report.refusal)
+    return int(bool(errors) or not report.is_good)
 
 
-#: As JSON and as text, errors, hints, and whether all is well.
-_Result = tuple[dict[str, Any], str, list[str], list[str], bool]
+#: Also its text, errors and hints.
+_Result = tuple["WarmEstimate | WarmReport", str, list[str], list[str]]
 
 
 def _estimate(plan: WarmPlan) -> _Result:
     with Meter("Listing", "densities", 0) as meter:
         estimate = plan.estimate(meter.reach)
     failures(f"{result.name}: {result.error}" for result in estimate.failed)
-    document = {**asdict(estimate), "ids": len(plan.task_ids)}
-    return (
-        document,
-        format_warm_estimate(plan, estimate),
-        [],
-        estimate_notes(plan, estimate),
-        not estimate.failed,
-    )
+    return estimate, format_warm_estimate(plan, estimate), [], estimate_notes(plan, estimate)
 
 
 def _execute(plan: WarmPlan, dask: str | None, workers: int | None) -> _Result:
@@ -166,17 +154,9 @@ def _execute(plan: WarmPlan, dask: str | None, workers: int | None) -> _Result:
             lambda result: meter.advance(failed=result.outcome == "failed"), engine=engine
         )
     failures(f"{result.name}: {result.error}" for result in report.failed)
-    failures(
-        (f"{result.name}: {result.flaws}" for result in report.flawed),
-        verdict="flawed",
-    )
-    return (
-        asdict(report),
-        format_warm_report(report, plan.cache.dir),
-        warm_errors(plan, report),
-        warm_notes(plan, report),
-        report.is_good,
-    )
+    failures((f"{result.name}: {result.flaws}" for result in report.flawed), verdict="flawed")
+    text = format_warm_report(report, plan.cache.dir)
+    return report, text, warm_errors(plan, report), warm_notes(plan, report)
 
 
 def _on_each_node(dask: str, config: Path, options: Mapping[str, object], *, as_json: bool) -> int:

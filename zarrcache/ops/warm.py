@@ -66,6 +66,8 @@ class WarmEstimate:
 
     Attributes
     ----------
+    ids : int
+        Task ids of the plan.
     compared : int
         Densities that were compared with the origin. If these are not all of the plan, the other
         numbers are extrapolated from them.
@@ -83,6 +85,7 @@ class WarmEstimate:
         As in `WarmReport`.
     """
 
+    ids: int
     compared: int
     fresh: int
     to_fetch: int
@@ -92,6 +95,11 @@ class WarmEstimate:
     lacking: tuple[str, ...] = ()
     unread: int = 0
     refusal: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether every density could be compared."""
+        return not self.failed
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,7 @@ class WarmPlan:
         lacking |= {task_id for task_id, *_ in self.absent}
         scale = len(self.densities) / max(1, len(densities))
         return WarmEstimate(
+            ids=len(self.task_ids),
             compared=len(densities),
             fresh=self.trusted + round(scale * outcomes["hit"]),
             to_fetch=round(scale * outcomes["bypass"]),
