@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -123,32 +121,27 @@ def live_text() -> Iterator[Callable[[Sequence[str]], None]]:
 def show_panels(rows: Sequence[Sequence[Panel]]) -> None:
     """Print planes side by side, in colour where the terminal has it, two points per character."""
     from rich.console import Console
-    from rich.text import Text
+    from rich.table import Table
 
     from zarrcache.ops import shrunk
 
     console = Console(highlight=False)
     has_colour = console.color_system is not None
     wide = min(_LARGEST, max(_SMALLEST, (console.width - 4) // 3))
+    # Wrapped, never cut: a number that has lost its exponent is another number.
+    console.width = max(console.width, len(rows[0]) * (wide + 2))
+    grid = Table.grid(padding=(0, 2))
+    for _ in rows[0]:
+        grid.add_column(width=wide)
     for row in rows:
-        for captions in zip(*(panel.caption.splitlines() for panel in row), strict=True):
-            # Wrapped, never cut: a number that has lost its exponent is another number.
-            cells = [textwrap.wrap(caption, wide, break_on_hyphens=False) for caption in captions]
-            for parts in itertools.zip_longest(*cells, fillvalue=""):
-                line = "".join(f"{part:<{wide + 2}}" for part in parts)
-                console.print(line.rstrip(), soft_wrap=True)
-        panels = [_lines(shrunk(panel.colours, wide), has_colour=has_colour) for panel in row]
-        for number in range(max(map(len, panels))):
-            line_ = Text()
-            for lines in panels:
-                line_.append_text(lines[number] if number < len(lines) else Text(" " * wide))
-                line_.append(" " * (wide + 2 - (len(lines[0]) if lines else 0)))
-            console.print(line_, soft_wrap=True)
-        console.print()
+        grid.add_row(*(panel.caption for panel in row))
+        grid.add_row(*(_picture(shrunk(panel.colours, wide), has_colour) for panel in row))
+        grid.add_row()
+    console.print(grid)
 
 
-def _lines(colours: NDArray[np.uint8], *, has_colour: bool) -> list[Text]:
-    """Lines of text, each for two rows of points."""
+def _picture(colours: NDArray[np.uint8], has_colour: bool) -> Text:
+    """Text of which each line shows two rows of points."""
     from rich.text import Text
 
     lines = []
@@ -163,4 +156,4 @@ def _lines(colours: NDArray[np.uint8], *, has_colour: bool) -> list[Text]:
                 brightness = (above.mean() + below.mean()) / 2 / 256
                 line.append(_RAMP[int(brightness * len(_RAMP))])
         lines.append(line)
-    return lines
+    return Text("\n").join(lines)
