@@ -1,5 +1,8 @@
 """Settings: the users' training keys and the ``cache:`` block, validated once, then frozen.
 
+What each key means is in the comments of ``configs/s3_cached.yaml``, of which the pages and the
+JSON schema are made.
+
 Sizes are ``200 GiB``, ``4 MiB``, ``1.5 GB`` or a number of bytes; durations ``60 s``, ``5 min``,
 ``30 d`` or a number of seconds. ``$VAR``, ``${VAR}`` and ``${VAR:-default}`` expand in every
 string, in ``s3_kwargs`` only those with braces. The only environment variable of zarrcache,
@@ -148,40 +151,19 @@ Concurrency = Annotated[int | Literal["auto"], BeforeValidator(_concurrency), _A
 class RetryConfig(Block):
     """Retries of transient errors."""
 
-    attempts: Whole = Field(
-        5, ge=1, le=100, description="maximum requests per object, the first one included"
-    )
-    timeout: Seconds = Field(
-        60.0,
-        gt=0,
-        description="seconds for all attempts of one fetch, since the last object arrived",
-    )
+    attempts: Whole = Field(5, ge=1, le=100)
+    timeout: Seconds = Field(60.0, gt=0)
 
 
 class FetchConfig(Block):
     """Requests to S3: engine, concurrency, timeouts."""
 
     engine: Literal["auto", "obstore", "s3fs"] = "auto"
-    etag: Literal["auto", "md5", "opaque"] = Field(
-        "auto",
-        description="what an ETag of 32 hexadecimal digits is: auto finds out, md5 refuses an "
-        "object that does not match it, opaque compares it as text only",
-    )
-    concurrency: Concurrency = Field(
-        "auto",
-        description="requests in flight per density being read; auto: those of the node, 512, "
-        "divided by the densities that its processes read now, and at most 192",
-    )
-    memory: Bytes = Field(
-        512 * 1024**2,
-        gt=0,
-        description="bytes of objects and arrays that `zarrcache warm` holds at once, summed over "
-        "its processes",
-    )
+    etag: Literal["auto", "md5", "opaque"] = "auto"
+    concurrency: Concurrency = "auto"
+    memory: Bytes = Field(512 * 1024**2, gt=0)
     connect_timeout: Seconds = Field(5.0, gt=0)
-    read_timeout: Seconds = Field(
-        15.0, gt=0, description="seconds for one request, from sending to the last byte"
-    )
+    read_timeout: Seconds = Field(15.0, gt=0)
 
 
 class ByteTierConfig(Block):
@@ -195,11 +177,7 @@ class ArrayTierConfig(Block):
     """The array tier: decoded whole arrays."""
 
     enabled: bool = True
-    encoding: Annotated[str, BeforeValidator(check_encoding)] = Field(
-        FLOAT32,
-        description="float32 keeps every bit; float16 and bfloat16 take half the bytes; bits:N "
-        "keeps N mantissa bits and compresses, bits:12 to about 40 %",
-    )
+    encoding: Annotated[str, BeforeValidator(check_encoding)] = FLOAT32
 
 
 class PriceConfig(Block):
@@ -209,10 +187,10 @@ class PriceConfig(Block):
     """
 
     currency: str = "USD"
-    dated: str = Field("2025-12", description="month of these prices")
-    list_per_1000: float = Field(0.005, ge=0, description="1,000 LIST requests")
-    get_per_1000: float = Field(0.0004, ge=0, description="1,000 GET or HEAD requests")
-    transfer_per_gib: float = Field(0.0, ge=0, description="one GiB to the training nodes")
+    dated: str = "2025-12"
+    list_per_1000: float = Field(0.005, ge=0)
+    get_per_1000: float = Field(0.0004, ge=0)
+    transfer_per_gib: float = Field(0.0, ge=0)
 
 
 @contextlib.contextmanager
@@ -279,42 +257,22 @@ class CacheConfig(Block):
         Percent(5)
     )
     eviction: Eviction = "none"
-    lookahead: Bytes = Field(
-        2 * 1024**3,
-        ge=0,
-        description="bytes that Lookahead fetches ahead, summed over the ranks of a node",
-    )
+    lookahead: Bytes = Field(2 * 1024**3, ge=0)
     revalidate: Literal["never", "run", "epoch"] = "never"
     verify: Literal["first", "always", "never"] = "first"
-    lock: Annotated[Path | None, BeforeValidator(_or_none)] = Field(
-        None, description="lock file: other materials and other values are refused"
-    )
-    missing_chunks: Literal["error", "fill"] = Field(
-        "error",
-        description="what chunks of a density are that the origin does not have: an error, or the "
-        "fill value",
-    )
+    lock: Annotated[Path | None, BeforeValidator(_or_none)] = None
+    missing_chunks: Literal["error", "fill"] = "error"
     bytes: ByteTierConfig = ByteTierConfig()
     arrays: ArrayTierConfig = ArrayTierConfig()
     retry: RetryConfig = RetryConfig()
     fetch: FetchConfig = FetchConfig()
     prices: PriceConfig = PriceConfig()
     shared: bool = False
-    lower: Annotated[Path | None, BeforeValidator(_or_none)] = Field(
-        None, description="cache.dir of another cache: read-only, tried before the peers"
-    )
-    peers: Annotated[tuple[str, ...], BeforeValidator(_listed), _TEXTS] = Field(
-        (), description="http://host:port of nodes that run zarrcache serve"
-    )
-    advertise: Annotated[str | None, BeforeValidator(_or_none)] = Field(
-        None, description="this node's own http://host:port, as listed by its peers"
-    )
-    peer_token_file: Annotated[Path | None, BeforeValidator(_or_none)] = Field(
-        None, description="file with the token shared by the peers"
-    )
-    allow_network_fs: bool = Field(
-        False, description="allow NFS, Lustre and similar file systems, without SQLite's WAL"
-    )
+    lower: Annotated[Path | None, BeforeValidator(_or_none)] = None
+    peers: Annotated[tuple[str, ...], BeforeValidator(_listed), _TEXTS] = ()
+    advertise: Annotated[str | None, BeforeValidator(_or_none)] = None
+    peer_token_file: Annotated[Path | None, BeforeValidator(_or_none)] = None
+    allow_network_fs: bool = False
 
     def __init__(self, **data: Any) -> None:
         override = os.environ.get("ZARRCACHE_DIR")
@@ -486,28 +444,14 @@ class DataConfig(Block):
     label_dir: str
     map_dir: str
     functional: str
-    density_type: Annotated[Any, BeforeValidator(check_density_type), _DENSITY_TYPE] = Field(
-        "total",
-        description="total, diff or the name of another array of the stores; a list of several is "
-        "the channels of a sample; {data: ..., label: ...} if input and label differ",
-    )
-    missing: Missing = Field(
-        "error",
-        description="materials that lack a channel: error names them before the training, zero "
-        "fills the channel with zeros, drop leaves the materials out of the split",
-    )
+    density_type: Annotated[Any, BeforeValidator(check_density_type), _DENSITY_TYPE] = "total"
+    missing: Missing = "error"
     normalize_data: Annotated[
         bool | Literal["points", "volume"], BeforeValidator(_normalization)
-    ] = Field(
-        True,
-        description="true or points: divide by the number of grid points; volume: divide by the "
-        "volume of the cell; false: density times cell volume, as VASP writes it",
-    )
+    ] = True
     train_fraction: Annotated[float | int, BeforeValidator(_train_fraction)] = 0.8
     random_state: Whole = Field(42, ge=0, lt=2**32)
-    split_file: Annotated[str | None, BeforeValidator(_path_or_none)] = Field(
-        None, description="JSON of train, validation and test; replaces train_fraction"
-    )
+    split_file: Annotated[str | None, BeforeValidator(_path_or_none)] = None
     s3_kwargs: dict[str, Any] | None = Field(None, repr=False)
     source: str | tuple[str, ...] = "auto"
     cache: CacheConfig | None = None
