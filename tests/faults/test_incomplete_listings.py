@@ -64,6 +64,13 @@ def test_pages_are_followed_to_the_end(gateway: Gateway, fault: str) -> None:
     assert [o.key for o in opened(gateway).list_objects()] == [f"{name}/0" for name in NAMES]
 
 
+@pytest.mark.parametrize("fault", ["no_size", "negative_size"])
+def test_object_without_a_size_is_an_error_of_the_origin(gateway: Gateway, fault: str) -> None:
+    gateway.fault = fault
+    with pytest.raises(OriginError, match="names an object without its key or size"):
+        opened(gateway).list_objects()
+
+
 def test_last_page_may_be_full(gateway: Gateway) -> None:
     """One more LIST shows that nothing follows; none is needed for a page with room."""
     gateway.page = len(NAMES)

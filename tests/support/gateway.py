@@ -28,6 +28,7 @@ INCOMPLETE = (
     "repeats_forever",
     "counts_more",
     "other_prefix",
+    "other_delimiter",
     "other_document",
     "empty_body",
 )
@@ -126,6 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _listing(self, query: dict[str, str]) -> bytes:
         fault, page = self.server.fault, self.server.page
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+        if fault == "other_delimiter":
+            delimiter = "" if delimiter else "/"
         after = query.get("continuation-token", "") or query.get("start-after", "")
         if (fault == "repeats" and after.endswith("!")) or fault == "repeats_forever":
             after = ""
@@ -169,9 +172,11 @@ class _Handler(BaseHTTPRequestHandler):
                 continue
             path = self.server.root / name
             body = path.read_bytes() if path.is_file() else b""
+            size = {"no_size": "", "negative_size": "<Size>-1</Size>"}
             parts.append(
                 f"<Contents><Key>{escape(name)}</Key><ETag>{hashlib.md5(body).hexdigest()}</ETag>"
-                f"<LastModified>2024-01-01T00:00:00.000Z</LastModified><Size>{len(body)}</Size></Contents>"
+                f"<LastModified>2024-01-01T00:00:00.000Z</LastModified>"
+                f"{size.get(fault, f'<Size>{len(body)}</Size>')}</Contents>"
             )
         xmlns = "http://s3.amazonaws.com/doc/2006-03-01/"
         document = f'<ListBucketResult xmlns="{xmlns}">{"".join(parts)}</ListBucketResult>'

@@ -134,7 +134,7 @@ class S3fsEngine:
         answer = await self._call(
             "list_objects_v2", patience_s, Prefix=prefix, Delimiter=delimiter, **more
         )
-        return _page(answer, prefix)
+        return _page(answer, prefix, delimiter)
 
     async def head(self, key: str, *, patience_s: float) -> ObjectInfo | None:
         """HEAD one object; None if it does not exist."""
@@ -278,7 +278,7 @@ def _is_part(answer: Mapping[str, Any], part: tuple[int, int]) -> bool:
 def _info(
     answer: Mapping[str, Any], key: str | None, size_bytes: int | None, listed_s: float = 0.0
 ) -> ObjectInfo:
-    if key is None or size_bytes is None:
+    if key is None or size_bytes is None or size_bytes < 0:
         # Not a KeyError, which zarr takes for a key that does not exist.
         raise S3Error(None, "BadAnswer", "the server names an object without its key or size")
     modified_s = _modified_s(answer)
@@ -304,7 +304,7 @@ def _date_s(header: str | None) -> float:
     return now_s if 0.0 <= now_s - date_s < _AGREE_S else date_s
 
 
-def _page(answer: Mapping[str, Any], prefix: str) -> Page:
+def _page(answer: Mapping[str, Any], prefix: str, delimiter: str) -> Page:
     """Check one answer to ListObjectsV2. A field that is missing is an error, never a default."""
 
     def incomplete(why: str) -> S3Error:
@@ -328,6 +328,11 @@ def _page(answer: Mapping[str, Any], prefix: str) -> Page:
         p.startswith(prefix) for p in prefixes
     ):
         raise incomplete(f"it has names that do not begin with {prefix!r}")
+    start = len(prefix)
+    if delimiter and any(delimiter in o.key[start:-1] for o in objects):
+        raise incomplete(f"it has names below those that were requested (Delimiter {delimiter!r})")
+    if prefixes and not delimiter:
+        raise incomplete("it has prefixes of objects (CommonPrefixes) instead of all objects")
     # A token is followed even if IsTruncated is false: the next page shows which of them is right.
     return Page(objects, prefixes, token, n >= answer.get("MaxKeys", PAGE_OBJECTS))
 
