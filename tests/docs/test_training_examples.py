@@ -1,4 +1,4 @@
-"""The scripts of docs/guides/training.md run, with fewer and smaller data."""
+"""The scripts of the guides on training run, with fewer and smaller data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from tests.support.s3server import S3Server
 from tests.support.stores import small_group
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT = (ROOT / "docs" / "guides" / "training.md").read_text()
+PAGES = ("training.md", "samples.md", "large-data.md", "workers.md")
+DOCUMENT = "".join((ROOT / "docs" / "guides" / page).read_text() for page in PAGES)
 FILES = {
     m[2]: m[3]
     for m in re.finditer(r"^```(\w+) (\S+)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)

@@ -1,5 +1,5 @@
 """Simulated caches against a slow, literal implementation of each policy, and the figures quoted in
-docs/guides/training.md.
+docs/guides/large-data.md.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_belady_has_the_most_hits_of_all_policies(epochs: list[list[int]], capac
 def test_four_nodes_with_room_for_a_quarter_each(
     assignment: Any, policy: Policy, percent: int
 ) -> None:
-    """Figures of docs/guides/training.md; sizes are log-normal, sigma 0.8, as in the Materials
+    """Figures of docs/guides/large-data.md; sizes are log-normal, sigma 0.8, as in the Materials
     Project.
     """
     count = 4000
