@@ -42,7 +42,7 @@ _TRANSIENT = frozenset(
         errno.EINTR,
         errno.ETIMEDOUT,
         errno.EIO,
-        errno.EREMOTEIO,
+        getattr(errno, "EREMOTEIO", errno.EIO),  # Linux only
         errno.ENETDOWN,
         errno.ENETUNREACH,
         errno.EHOSTDOWN,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from zarrcache._units import counted
+from zarrcache.parallel import cores as usable_cores
 from zarrcache.stats import Stats
 from zarrcache.train.clock import PARTS, Part
 
@@ -263,7 +263,7 @@ def judge(
     if ratio < _NOTHING_RATIO:
         text = f"The training waited {ratio:.1%} of the time for data. Nothing needs a change."
         return Verdict("nothing", ratio, text)
-    usable = len(os.sched_getaffinity(0)) if cores is None else cores
+    usable = usable_cores() if cores is None else cores
     cause = _cause(times, workers, usable)
     for_what, advice = _ADVICE[cause]
     if cause == "S3" and revalidate != "never" and _part(times, "held") > _part(times, "miss"):
