@@ -59,7 +59,7 @@ class Schedule:
     Attributes
     ----------
     names : tuple of str
-        Task ids of the samples. The node of a sample depends on its name, not on its position.
+        Task ids of the samples. The node of a sample depends on its id, not on its position.
     assignment : {"global", "node"}
     node_of_rank : tuple of int
         The node of each rank.
@@ -167,8 +167,10 @@ class Schedule:
 def node_of(names: Sequence[str], nodes: int | Sequence[int]) -> Indices:
     """Assign each sample to a node, identically in every process and for any order of the names.
 
-    The samples are sorted by a hash of their names, and the sorted list is cut into equal parts.
-    Shares differ by at most one sample; if samples are added, few change their node.
+    The samples are sorted by a hash of their task ids, and the sorted list is cut into equal parts.
+    Shares differ by at most one sample; if samples are added or left out, few change their node. A
+    dataset's name before the id (``0/mp-1``) does not count, so that `zarrcache warm`, which
+    knows one dataset, and a training with several agree.
 
     Parameters
     ----------
@@ -197,7 +199,10 @@ def node_of(names: Sequence[str], nodes: int | Sequence[int]) -> Indices:
         owners[:] = 0
         return owners
     hashed = np.array(
-        [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) for name in names],
+        [
+            int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=8).digest())
+            for id_ in (name.rpartition("/")[2] for name in names)
+        ],
         np.uint64,
     )
     owners[np.argsort(hashed, kind="stable")] = np.repeat(np.arange(len(weights)), quotas)
