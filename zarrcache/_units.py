@@ -150,6 +150,19 @@ def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = No
     return number
 
 
+def one_of(name: str, value: object, *allowed: str) -> None:
+    """Check a setting that is one of several words.
+
+    Raises
+    ------
+    ConfigError
+        It is another; the message names them.
+    """
+    if value not in allowed:
+        *others, last = map(repr, allowed)
+        raise ConfigError(f"{name} is {value!r}; it has to be {', '.join(others)} or {last}.")
+
+
 @functools.cache
 def most_bytes() -> int:
     """Largest size of one array in bytes: half of this machine's memory, at most 64 GiB.

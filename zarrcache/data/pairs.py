@@ -27,10 +27,9 @@ from zarrcache._keys import (
     check_density_type,
     density_array,
     density_name,
-    safe_repr,
     units_of,
 )
-from zarrcache._units import counted
+from zarrcache._units import counted, one_of
 from zarrcache.arrays import kinds_of
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.lock import LockFile
@@ -108,10 +107,7 @@ class PairReader(ABC):
         self.normalize = normalize
         self.tf = train_fraction
         self.rs = random_state
-        if missing not in get_args(Missing):
-            raise ConfigError(
-                f"missing is {safe_repr(missing)}; it has to be 'error', 'zero' or 'drop'."
-            )
+        one_of("missing", missing, *get_args(Missing))
         self.if_missing = missing
         self._log_once = LogOnce()
         try:
@@ -218,8 +214,7 @@ class PairReader(ABC):
         except ZarrCacheError:
             raise
         except Exception as exc:
-            if role not in ROLES:
-                raise ConfigError(f"role is {role!r}; it has to be 'data' or 'label'.") from None
+            one_of("role", role, *ROLES)
             raise as_our_error(exc, f"{task_id} ({role})") from exc
 
     def _check_values(self, task_id: str, role: Role, grids: NDArray[np.float32]) -> None:

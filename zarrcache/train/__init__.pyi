@@ -3,7 +3,6 @@ from .crops import LazyPair as LazyPair
 from .crops import Probes as Probes
 from .crops import RandomCrop as RandomCrop
 from .crops import Selection as Selection
-from .datasets import RhoData as RhoData
 from .datasets import Sample as Sample
 from .datasets import Transform as Transform
 from .datasets import Transforms as Transforms
@@ -18,6 +17,7 @@ from .multi import Side as Side
 from .multi import Sources as Sources
 from .progress import ReadProgress as ReadProgress
 from .sampler import NodeSampler as NodeSampler
+from .rho_data import RhoData as RhoData
 from .schedule import Assignment as Assignment
 from .schedule import Schedule as Schedule
 from .schedule import node_of as node_of

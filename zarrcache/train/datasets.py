@@ -1,11 +1,10 @@
-"""The datasets ``RhoData`` and ``ZarrDataset``: pairs of densities as tensors."""
+"""``ZarrDataset``: pairs of densities as tensors, by task id; what it shares with ``RhoData``."""
 
 from __future__ import annotations
 
 import logging
 import math
 import operator
-import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import (
@@ -16,7 +15,6 @@ from typing import (
     SupportsIndex,
     TypeAlias,
     TypedDict,
-    TypeVar,
     cast,
 )
 
@@ -27,66 +25,38 @@ from torch.utils.data import Dataset, get_worker_info
 
 from zarrcache import _pages
 from zarrcache._keys import ROLES, Role, safe_repr
+from zarrcache._units import one_of
 from zarrcache.data import Split, first_ids
-from zarrcache.disk import LazyGrid, LazyStack, use_converter
+from zarrcache.disk import LazyGrid, LazyStack
 from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.stats import LogOnce, html_table
-from zarrcache.train.crops import Probes, Selection, times
+from zarrcache.train.crops import Selection, times
+from zarrcache.train.precision import DTYPES
 from zarrcache.train.transforms import Grid, PairToTensors, Rotation, kind_name
 from zarrcache.train.worker_transfer import Sender, Structure, collate, in_pages
 
 __all__ = [
     "DensityReader",
-    "Indexable",
-    "RhoData",
+    "PairDataset",
     "Sample",
     "Transform",
     "ZarrDataset",
+    "grid_of",
+    "position_in",
+    "steps_of",
 ]
 
 logger = logging.getLogger(__name__)
 
 _LEAVE_OUT = "Leave the material out of the map, or change the transform."
 
-_T_co = TypeVar("_T_co", covariant=True)
-
 #: A function of a sample's dict that returns the sample to use: the same dict or another mapping.
 Transform: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Any]]
 #: What ``transform=`` takes. Only the first of several may be a `Selection`.
 Transforms: TypeAlias = Selection | Transform | Sequence[Selection | Transform]
 
-_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
-
-_imported_in = os.getpid()
-_CONVERTED_AT_ONCE = 2**20
-
-
-def _convert(stored: NDArray[Any], floats: NDArray[np.float32], scale: int) -> bool:
-    """Decode float16, or bfloat16 as uint16, in half of NumPy's time, unless torch could hang."""
-    # In a fork of a process that has used OpenMP, a copy by several threads hangs. A DataLoader
-    # worker has one thread.
-    if os.getpid() != _imported_in and torch.get_num_threads() > 1:
-        return False
-    halves = torch.from_numpy(stored)
-    if stored.dtype == np.uint16:
-        halves = halves.view(torch.bfloat16)
-    # In steps that stay in the last-level cache. Smaller ones cost more calls than they save.
-    for source, target in zip(
-        torch.split(halves, _CONVERTED_AT_ONCE),
-        torch.split(torch.from_numpy(floats), _CONVERTED_AT_ONCE),
-        strict=True,
-    ):
-        target.copy_(source)
-        if scale:
-            target.mul_(2.0**scale)
-    return True
-
-
-use_converter(_convert)
-
-
-def _steps_of(transform: Any) -> tuple[Selection | None, tuple[Transform, ...]]:
+def steps_of(transform: Any) -> tuple[Selection | None, tuple[Transform, ...]]:
     """What ``transform=`` chooses of each sample, and the functions that follow."""
     # A Sequence: Hydra makes a list of its own type.
     is_several = isinstance(transform, Sequence) and not isinstance(transform, str)
@@ -108,17 +78,6 @@ def _steps_of(transform: Any) -> tuple[Selection | None, tuple[Transform, ...]]:
                 "RandomCrop or Probes, or a list of these."
             )
     return selection, tuple(steps) if transform is not None else ()
-
-
-class Indexable(Protocol[_T_co]):
-    """A sequence as ``RhoData`` needs it: a length and access by position.
-
-    Lists and the lazy sequences of ``data_split()`` qualify.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> _T_co: ...
 
 
 class DensityReader(Protocol):
@@ -143,7 +102,7 @@ class Sample(TypedDict):
     structure: NotRequired[Structure]
 
 
-class _PairDataset(Sender):
+class PairDataset(Sender):
     """Reads two grids per sample and converts them to tensors."""
 
     #: Gives the structure of a sample by its name.
@@ -153,7 +112,7 @@ class _PairDataset(Sender):
         super().__init__()
         self._to_tensors = to_tensors
         self.transform = transform
-        self._selection, self._functions = _steps_of(transform)
+        self._selection, self._functions = steps_of(transform)
         if (
             self._selection is not None
             and self._selection.never_rotated is not None
@@ -269,145 +228,7 @@ class _PairDataset(Sender):
         """One side of a sample, as the reader has it."""
 
 
-class RhoData(_PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Pairs ``(data, label)`` of float32 tensors, each of shape ``(C, nx, ny, nz)``.
-
-    C is the number of channels of ``density_type``: 1 for a single density.
-
-    >>> train_sets, test_sets = get_dataset(cfg)
-    >>> train_data = RhoData(*train_sets, downsample_data=2, data_augmentation=True)
-
-    Indexing reads a sample, with one access to each of the four sequences. With the lazy sequences
-    of ``data_split()`` no density stays in memory.
-
-    Parameters
-    ----------
-    data, label : sequence of array
-        Densities, flat in C order, or of shape (C, nx*ny*nz).
-    gs_data, gs_label : sequence of (nx, ny, nz)
-        Their grid sizes.
-    downsample_data, downsample_label : int
-        Keep every n-th point along each axis of the data and of the label, after cropping **both**
-        to a multiple of ``downsample_data``.
-    data_augmentation : bool
-        Rotate each pair, before downsampling, by random quarter turns about a random axis: 0 turns
-        with probability 10 %, 1, 2 and 3 turns with 30 % each. Data and label rotate alike.
-    seed : int, optional
-        See Notes. The default follows torch: with ``torch.manual_seed`` a run is reproducible,
-        without it every run differs.
-    transform : callable, optional
-        A function of the dict ``{"data": tensor, "label": tensor}`` that returns that dict, changed
-        or not, or another mapping with both keys. The item is the pair of the two values; other
-        keys are ignored. See Notes. Or a `RandomCrop`, or a list of one and functions.
-
-    Raises
-    ------
-    ConfigError
-        The sequences differ in length, a factor or the seed is not a whole number, or
-        ``transform`` is not callable.
-
-    Notes
-    -----
-    *Memory.* A density of a lazy sequence is not copied: the tensor of a grid that is neither
-    rotated nor downsampled is the memory-mapped cache file, copy-on-write. Rotated and downsampled
-    grids are copied once. So are arrays that a list, a tuple or a numpy array holds; in-place work
-    on a tensor never changes your list.
-
-    *Randomness.* The rotation depends on the seed, the position of the sample, the number of
-    samples that this process has drawn, and, in a DataLoader worker, the seed that torch gave to
-    the worker. Therefore
-
-    * in the main process (``num_workers=0``) the same ``seed`` gives the same rotations in the same
-      order, and every epoch draws new ones;
-    * workers differ from each other, and every epoch differs, under fork and spawn, with or
-      without persistent workers;
-    * with workers a run is repeatable if torch is: give the DataLoader
-      ``generator=torch.Generator().manual_seed(...)`` or call ``torch.manual_seed``, and keep
-      ``num_workers``; ``shuffle=True`` needs the same;
-    * ranks of a distributed run that share a seed read different samples and rotate them
-      differently.
-
-    *Transform.* It runs where the sample is read, so in the DataLoader worker if there is one,
-    after rotation, downsampling and the cast to the precision. It may change tensors in place; the
-    cache never sees that. Its own randomness should come from ``torch``, which seeds each worker.
-    Under ``spawn`` it has to be picklable: a function of a module or an instance of a class, not a
-    lambda. A tensor that it leaves alone reaches the training process as a map of the cache file;
-    one that it makes, changes or slices is copied once, into memory that workers use again.
-
-    *Samples that a worker keeps.* A dataset around this one may keep samples in the worker and
-    return them again, but must not change them in place after it has returned them: they may not
-    have been read yet. What the training process writes to a sample stays in that process.
-    """
-
-    def __init__(
-        self,
-        data: Indexable[Any],
-        label: Indexable[Any],
-        gs_data: Indexable[Any],
-        gs_label: Indexable[Any],
-        downsample_data: int = 1,
-        downsample_label: int = 1,
-        data_augmentation: bool = True,
-        *,
-        seed: int | None = None,
-        transform: Transforms | None = None,
-    ) -> None:
-        lengths = len(data), len(label), len(gs_data), len(gs_label)
-        if len(set(lengths)) != 1:
-            raise ConfigError(
-                f"data, label, gs_data and gs_label have {lengths} elements. Give one element per "
-                "sample in each."
-            )
-        if isinstance(_steps_of(transform)[0], Probes):
-            raise ConfigError(
-                "RhoData returns pairs, which have no room for the coordinates of Probes. Use "
-                "ZarrDataset."
-            )
-        self.data = data
-        self.label = label
-        self.gs_data = gs_data
-        self.gs_label = gs_label
-        super().__init__(
-            PairToTensors(
-                downsample_data, downsample_label, data_augmentation, seed, torch.float32
-            ),
-            transform,
-        )
-
-    @property
-    def task_ids(self) -> tuple[str, ...]:
-        """Task ids if the sequences are those of ``data_split()``, else positions as strings."""
-        names: Sequence[str] = getattr(self.data, "task_ids", None) or [
-            str(i) for i in range(len(self))
-        ]
-        return tuple(names)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: SupportsIndex) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read one pair.
-
-        Raises
-        ------
-        SchemaError
-            The values do not fill the grid, or the grid is smaller than ``downsample_data``.
-        """
-        i = _position(index, len(self))
-        sample = self._sample(i, f"sample {i}")
-        return sample["data"], sample["label"]
-
-    def _read(self, i: int, field: int) -> Grid:
-        values, sizes, name = (
-            (self.data, self.gs_data, "data"),
-            (self.label, self.gs_label, "label"),
-        )[field]
-        # These return the same array at every access, with which a tensor would share its memory.
-        held = isinstance(values, (list, tuple, np.ndarray))
-        return _grid(values[i], sizes[i], held=held, name=f"{name} of sample {i}")
-
-
-class ZarrDataset(_PairDataset, Dataset[Sample]):
+class ZarrDataset(PairDataset, Dataset[Sample]):
     """A split of a reader as dicts ``{"data", "label", "index"}``, read through the cache.
 
     >>> train = ZarrDataset(ZarrS3Reader(...), "train", augmentation=True)
@@ -487,21 +308,19 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
                 f"reader is {safe_repr(reader)}. Give open_reader(DataConfig.from_yaml(path)) of "
                 "zarrcache.registry, or another object with split_task_ids() and load()."
             )
-        if augment_on not in ("cpu", "device"):
-            raise ConfigError(f"augment_on is {augment_on!r}; it has to be 'cpu' or 'device'.")
+        one_of("augment_on", augment_on, "cpu", "device")
+        one_of("layout", layout, "C", "rotated")
+        one_of("rng", rng, "keyed", "torch")
+        one_of("precision", precision, *DTYPES)
         if augment_on == "device" and (transform is not None or layout != "C"):
             raise ConfigError(
                 "augment_on='device' sends samples before they are rotated, downsampled and cast, "
                 "so it goes neither with transform= nor with layout='rotated'. Leave these out, or "
                 "use augment_on='cpu'."
             )
-        if layout not in ("C", "rotated"):
-            raise ConfigError(f"layout is {layout!r}; it has to be 'C' or 'rotated'.")
-        if rng not in ("keyed", "torch"):
-            raise ConfigError(f"rng is {rng!r}; it has to be 'keyed' or 'torch'.")
         if rng == "torch" and seed is not None:
             raise ConfigError("rng='torch' has no seed of its own. Call torch.manual_seed(seed).")
-        selection, _ = _steps_of(transform)
+        selection, _ = steps_of(transform)
         if selection is not None and selection.needs_structure and not augmentation:
             structure = True
         if structure and augmentation:
@@ -520,17 +339,13 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
                 f"split is {split!r}; it has to be 'train', 'validation', 'test', 'all' or a list "
                 "of task ids."
             )
-        if precision not in _DTYPES:
-            raise ConfigError(
-                f"precision is {precision!r}; it has to be one of {', '.join(map(repr, _DTYPES))}."
-            )
         super().__init__(
             PairToTensors(
                 downsample_data,
                 downsample_label,
                 augmentation,
                 seed,
-                _DTYPES[precision],
+                DTYPES[precision],
                 rng,
                 layout,
                 is_deferred=augment_on == "device",
@@ -584,7 +399,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         ZarrCacheError
             The reader cannot load the sample; see ``ZarrS3Reader.load``.
         """
-        i = _position(index, len(self))
+        i = position_in(index, len(self))
         task_id = self.task_ids[i]
         return cast(Sample, self._sample(i, task_id, index=task_id))
 
@@ -632,7 +447,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
     def _read(self, i: int, field: int) -> Grid:
         task_id, role = self.task_ids[i], ROLES[field]
         # load() returns a new array at every call, so nothing is copied here.
-        return _grid(*self.reader.load(task_id, role), held=False, name=f"{role} of {task_id}")
+        return grid_of(*self.reader.load(task_id, role), held=False, name=f"{role} of {task_id}")
 
 
 def _ids_of(reader: DensityReader, split: str) -> Sequence[str]:
@@ -651,7 +466,7 @@ def _ids_of(reader: DensityReader, split: str) -> Sequence[str]:
     return {"train": sides.train, "validation": sides.validation, "test": sides.test}[split]
 
 
-def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
+def grid_of(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
     """View ``values`` as a float32 grid ``(C, nx, ny, nz)``, read-only if ``held`` by a caller.
 
     ``values`` are flat, or have a row for each of several channels.
@@ -670,7 +485,7 @@ def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
     return grid
 
 
-def _position(index: SupportsIndex, length: int) -> int:
+def position_in(index: SupportsIndex, length: int) -> int:
     """``index`` counted from the start.
 
     IndexError if there is no such sample: a ``for`` loop over the dataset ends with it.

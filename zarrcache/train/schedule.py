@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import cached_property
-from zarrcache._units import whole_number
+from zarrcache._units import one_of, whole_number
 from zarrcache.errors import ConfigError
 
 __all__ = ["Assignment", "Schedule", "Segment", "node_of"]
@@ -79,10 +79,7 @@ class Schedule:
     drop_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.assignment not in ("global", "node"):
-            raise ConfigError(
-                f"assignment is {self.assignment!r}; it has to be 'global' or 'node'."
-            )
+        one_of("assignment", self.assignment, "global", "node")
         whole_number("seed", self.seed)
 
     @property

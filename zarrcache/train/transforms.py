@@ -23,6 +23,7 @@ from zarrcache._units import whole_number
 from zarrcache.disk import LazyGrid, LazyStack
 from zarrcache.errors import ConfigError, SchemaError
 from zarrcache.train.crops import LazyPair, Points, Selection, copy_rotated, times
+from zarrcache.train.precision import Precision
 from zarrcache.train.worker_transfer import PagesTensor, empty_tensor
 
 __all__ = [
@@ -44,9 +45,6 @@ Grid = NDArray[np.float32]
 _PLANES = ((-2, -1), (-3, -1), (-3, -2))
 #: How a quarter turn may order the axes.
 _ORIENTATIONS = (0, 1, 2), (0, 2, 1), (2, 1, 0), (1, 0, 2)
-#: Below it, float16 has fewer bits. The share of such values that is not worth a warning: a density
-#: that crosses zero has some.
-_SUBNORMAL_FLOAT16, _TOLERATED_SHARE = 2.0**-14, 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +140,7 @@ class PairToTensors:
         self.seed = None if seed is None else whole_number("seed", seed, least=0)
         self.dtype = dtype
         self.drawn = 0
-        #: Sides of which an underflow was reported.
-        self._underflows: set[int] = set()
+        self._precision = Precision()
 
     def __call__(
         self, data: Grid, label: Grid, index: int, *, name: str
@@ -256,7 +253,7 @@ class PairToTensors:
         step = self._step(field)
         grid = grid[..., :nx:step, :ny:step, :nz:step].contiguous()
         cast = grid.to(self.dtype)
-        self._check_cast(grid, cast, field, name)
+        self._precision.check(grid, cast, field, name)
         return cast
 
     def _downsampled(self, whole: Grid, field: int, name: str) -> Grid:
@@ -312,58 +309,14 @@ class PairToTensors:
         if self.dtype is torch.float32:
             return tensor, grid
         cast, pages = empty_tensor(tensor.shape, self.dtype)
-        cast.copy_(tensor)
-        self._check_cast(tensor, cast, field, name)
+        self._precision.check(tensor, cast.copy_(tensor), field, name)
         return cast, pages
-
-    def _check_cast(self, tensor: torch.Tensor, cast: torch.Tensor, field: int, name: str) -> None:
-        """Refuse values that float16 cannot hold.
-
-        Warn once per dataset, side and process if it loses small ones.
-        """
-        if self.dtype is not torch.float16:
-            return
-        low, high = _check_fits_float16(tensor, name)
-        is_large = low >= _SUBNORMAL_FLOAT16 or high <= -_SUBNORMAL_FLOAT16
-        if is_large or field in self._underflows:
-            return
-        lost = int(torch.count_nonzero(tensor)) - int(torch.count_nonzero(cast))
-        is_small = (tensor != 0) & (tensor.abs() < _SUBNORMAL_FLOAT16)
-        small = int(torch.count_nonzero(is_small)) - lost
-        if lost or small > _TOLERATED_SHARE * tensor.numel():
-            self._underflows.add(field)
-            logger.warning(
-                "%s: float16 turns %.3g %% of the values into 0, and another %.3g %% are below "
-                "%.2g, where it has less than 11 bits (%d and %d of %d values). Use bf16 or f32%s. "
-                "Other samples of this dataset are not reported.",
-                name,
-                100 * lost / tensor.numel(),
-                100 * small / tensor.numel(),
-                _SUBNORMAL_FLOAT16,
-                lost,
-                small,
-                tensor.numel(),
-                ", or densities that are not normalized" if high < 1 else "",
-            )
 
 
 def _rotation_of_torch() -> Rotation:
     """The rotation that electrai's loader draws next from torch's global generator."""
     axis = int(torch.randint(0, 3, ()))
     return rotation_of(axis, float(torch.rand(())))
-
-
-def _check_fits_float16(tensor: torch.Tensor, name: str) -> tuple[float, float]:
-    """Smallest and largest value; SchemaError if one would become infinite (beyond 65504)."""
-    low, high = (x.item() for x in torch.aminmax(tensor))
-    limit = torch.finfo(torch.float16).max
-    if low < -limit or high > limit:
-        raise SchemaError(
-            f"{name} has values from {low:.6g} to {high:.6g}; the largest float16 is {limit:.0f}. "
-            "Use bf16 or f32, or normalize the densities (normalize_data: true) and heed the "
-            "warning about small values."
-        )
-    return low, high
 
 
 def kind_name(result: Any) -> str:

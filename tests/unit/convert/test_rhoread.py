@@ -90,7 +90,7 @@ def test_missing_files_are_told_once_and_left_out(
 def test_the_registry_trains_from_files_under_the_users_keys(pairs: Path) -> None:
     """``chgcar_data``, and torch's dataset on top; lengths cost no read."""
     from zarrcache.registry import get_dataset
-    from zarrcache.train.datasets import RhoData
+    from zarrcache.train.rho_data import RhoData
 
     cfg = SimpleNamespace(
         dataset_name="chgcar_data",

@@ -170,7 +170,7 @@ def test_torch_converts_to_the_same_values(
     scale: float, normal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where torch flushes subnormal numbers to 0."""
-    from zarrcache.train import datasets
+    from zarrcache.train import precision
 
     values = density(scale, (60, 50, 51))
     if not normal:
@@ -178,13 +178,13 @@ def test_torch_converts_to_the_same_values(
     stored_as, payload = encode(values, "float16") or pytest.fail("not encoded")
     monkeypatch.setattr(module, "_converters", [])
     by_numpy = decode(stored_as, payload, values.shape)
-    monkeypatch.setattr(module, "_converters", [datasets._convert])
+    monkeypatch.setattr(module, "_converters", [precision._convert])
     assert np.array_equal(decode(stored_as, payload, values.shape), by_numpy)
-    monkeypatch.setattr(datasets, "_imported_in", -1)  # a fork
+    monkeypatch.setattr(precision, "_imported_in", -1)  # a fork
     assert np.array_equal(decode(stored_as, payload, values.shape), by_numpy)
     torch.set_flush_denormal(True)
     try:
-        for converters in ([], [datasets._convert]):
+        for converters in ([], [precision._convert]):
             monkeypatch.setattr(module, "_converters", converters)
             assert np.array_equal(decode(stored_as, payload, values.shape), by_numpy)
     finally:
