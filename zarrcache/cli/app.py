@@ -21,7 +21,7 @@ import typer
 
 from zarrcache import __version__
 from zarrcache._keys import is_url
-from zarrcache.cli._early import leave_ctrl_c_to_python
+from zarrcache.cli import leave_ctrl_c_to_python
 from zarrcache.cli.progress import StderrHandler, is_quiet
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.parallel import Terminated, exit_code, raise_on_signals

@@ -93,7 +93,6 @@ def encode_store(
     import zarr
     import zarr.storage
 
-    check_layout(chunks, zarr_format)
     objects: dict[str, Any] = {}
     store = zarr.storage.MemoryStore(store_dict=objects)
     attributes = {
@@ -112,8 +111,6 @@ def encode_store(
     for name, values in (("charge_density_total", total), ("charge_density_diff", diff)):
         if values is None:
             continue
-        if values.ndim != 3 or 0 in values.shape:
-            raise SchemaError(f"{name} has the shape {values.shape}; a density is 3-D.")
         group.create_array(
             name,
             data=np.ascontiguousarray(values, np.dtype(dtype).newbyteorder("<")),
