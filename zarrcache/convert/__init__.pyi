@@ -1,6 +1,5 @@
 from .parsers import RawDensity as RawDensity
 from .converter import ConvertResult as ConvertResult
-from .density import ChargeDensity as ChargeDensity
 from .density import read_density as read_density
 from .formats import InputFormat as InputFormat
 from .formats import is_density_name as is_density_name

@@ -1,11 +1,9 @@
 from .activity import Activity as Activity
 from .activity import Monitor as Monitor
 from .audit import KINDS as KINDS
-from .audit import AuditReport as AuditReport
 from .audit import Finding as Finding
 from .audit import audit as audit
 from .doctor import examine as examine
-from .entries import CachedDensity as CachedDensity
 from .entries import list_entries as list_entries
 from .evict import plan_evict as plan_evict
 from .figures import Panel as Panel
@@ -19,14 +17,11 @@ from .forecast import WhatIf as WhatIf
 from .forecast import measure_split as measure_split
 from .forecast import what_if as what_if
 from .lock import make_lock as make_lock
-from .maps import FoundIds as FoundIds
 from .maps import find_ids as find_ids
 from .maps import write_map as write_map
 from .metrics import exposition as exposition
 from .pages import audit_page as audit_page
 from .report import report_page as report_page
-from .runs import RecordedRun as RecordedRun
-from .runs import RecordedRuns as RecordedRuns
 from .runs import read_runs as read_runs
 from .samples import config_schema as config_schema
 from .samples import filled_in as filled_in
@@ -36,7 +31,6 @@ from .selection import cache_at as cache_at
 from .selection import known_refusal as known_refusal
 from .status import Status as Status
 from .status import Tier as Tier
-from .status import Unused as Unused
 from .status import read_status as read_status
 from .verify import VerifyReport as VerifyReport
 from .verify import verify as verify
