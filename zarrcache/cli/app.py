@@ -26,7 +26,17 @@ from zarrcache.cli.progress import StderrHandler, is_quiet
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.parallel import Terminated, exit_code, raise_on_signals
 
-__all__ = ["app", "command", "failures", "say", "say_refusal", "show", "show_json", "show_table"]
+__all__ = [
+    "app",
+    "command",
+    "failures",
+    "say",
+    "say_refusal",
+    "show",
+    "show_json",
+    "show_some",
+    "show_table",
+]
 
 app = typer.Typer(
     name="zarrcache",
@@ -146,6 +156,14 @@ def _options(
 def show(line: str = "") -> None:
     """Print a line of data on stdout, unbuffered."""
     print(line, flush=True)
+
+
+def show_some(lines: Sequence[str], most: int) -> None:
+    """Print up to ``most`` lines of data on stdout, and the number of further ones on stderr."""
+    for line in lines[:most]:
+        show(line)
+    if len(lines) > most:
+        say(f"{len(lines) - most:,} more; --json lists all")
 
 
 def show_table(rows: Sequence[Sequence[str]], *, numeric: bool = False) -> None:

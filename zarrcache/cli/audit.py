@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from zarrcache._units import counted, format_bytes
-from zarrcache.cli.app import command, say, say_refusal, show, show_json
+from zarrcache.cli.app import command, say, say_refusal, show, show_json, show_some
 from zarrcache.cli.options import (
     PAGE,
     Config,
@@ -65,11 +65,7 @@ def audit(
             for kind, materials in report.counts.items():
                 show(f"{materials:>8,}  {kind}: {ops.KINDS[kind]}")
             show()
-            for found in report.findings[:_MOST]:
-                of = f" ({found.role})" if found.role else ""
-                show(f"{found.kind}: {found.task_id}{of}: {found.what}")
-            if len(report.findings) > _MOST:
-                say(f"{len(report.findings) - _MOST:,} more; --json lists all")
+            show_some([str(found) for found in report.findings], _MOST)
     if html is not None:
         say(f"wrote {html}")
     say_refusal(refusal)

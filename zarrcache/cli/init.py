@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import shlex
 import sys
@@ -69,12 +71,10 @@ def init(
         comments = key_comments(text)
         for key, value in values.items():
             if value is None:
-                *parents, name = key.split(".")
-                block = document
-                for parent in parents:
-                    block = block[parent]
-                say(comments[tuple(key.split("."))].partition("\n")[0])
-                values[key] = typer.prompt(key, default=str(block[name]), err=True)
+                parts = tuple(key.split("."))
+                default = str(functools.reduce(operator.getitem, parts, document))
+                say(comments[parts].partition("\n")[0])
+                values[key] = typer.prompt(key, default=default, err=True)
     name = shlex.quote(str(path))
     text = filled_in(text, values)
     if str(path).isprintable():  # a line break would end the comment

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zarrcache._units import counted
-from zarrcache.cli.app import command, say, show, show_json
+from zarrcache.cli.app import command, say, show, show_json, show_some
 from zarrcache.cli.options import Config, Json, check_output, data_config, output_file
 from zarrcache.errors import ConfigError
 
@@ -59,10 +59,7 @@ def diff(
     if as_json:
         show_json({"materials": len(one.densities), "differences": found})
         return int(bool(found))
-    for line in found[:_MOST]:
-        show(line)
-    if len(found) > _MOST:
-        say(f"{len(found) - _MOST:,} more; --json lists all")
+    show_some(found, _MOST)
     if not found:
         show(f"No difference in {counted(len(one.densities), 'material')}.")
     return int(bool(found))

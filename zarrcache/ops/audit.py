@@ -68,6 +68,10 @@ class Finding:
     #: Larger is worse, among findings of one kind.
     severity: float = 0.0
 
+    def __str__(self) -> str:
+        of = f" ({self.role})" if self.role else ""
+        return f"{self.kind}: {self.task_id}{of}: {self.what}"
+
 
 @dataclass(frozen=True)
 class AuditReport:

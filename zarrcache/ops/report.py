@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
+from typing import TypeVar
 
 from zarrcache._units import counted, format_bytes, format_money
 from zarrcache.config import CacheConfig, DataConfig, cache_of
@@ -17,6 +18,8 @@ from zarrcache.ops.runs import RecordedRun, RecordedRuns
 from zarrcache.train import EpochTimes
 
 __all__ = ["report_page"]
+
+T = TypeVar("T")
 
 _STYLE = """
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem;
@@ -162,9 +165,7 @@ def _recorded(recorded: RecordedRuns, cache: CacheConfig) -> Iterable[str]:
 def _epoch_charts(run: RecordedRun, skipped: int) -> Iterable[str]:
     shown = list(enumerate(run.epochs[skipped:], start=skipped + 1))
     labels = [str(number) for number, _ in shown]
-
-    def of(name: str, value: Callable[[EpochTimes], float]) -> Series:
-        return Series(name, [(number, value(times)) for number, times in shown])
+    of = functools.partial(_series, shown=shown)
 
     def in_seconds(title: str, series: Sequence[Series]) -> str:
         """Columns in seconds, or in minutes or hours where they are large."""
@@ -254,13 +255,13 @@ def _forecast(plan: Forecast) -> Iterable[str]:
     yield '<div class="charts">'
     yield lines(
         "Hits",
-        [Series("hits", [(number, 100 * epoch.hit_ratio) for number, epoch in shown])],
+        [_series("hits", lambda epoch: 100 * epoch.hit_ratio, shown)],
         _BY_EPOCH,
         _HITS,
     )
     yield lines(
         "Requests to the origin",
-        [Series("requests", [(number, epoch.requests) for number, epoch in shown])],
+        [_series("requests", lambda epoch: epoch.requests, shown)],
         _BY_EPOCH,
         Axis("requests", short),
     )
@@ -286,24 +287,19 @@ def _sizes(plan: WhatIf) -> Iterable[str]:
         "of each node, for each <code>cache.eviction</code>.</p>"
     )
     policies = list(plan.sizes[0].others)
+    sizes = [(100 * one.capacity_bytes / disk_bytes, one) for one in plan.sizes]
     axis = Axis(
         f"cache of each node, % of the data ({format_bytes(disk_bytes)})",
         _plain,
         top=100,
     )
-    share = 100 * present.capacity_bytes / disk_bytes if disk_bytes else 100
-    mark = (share, f"now: {format_bytes(present.capacity_bytes)}") if share <= 100 else None
+    now = 100 * present.capacity_bytes / disk_bytes if disk_bytes else 100
+    mark = (now, f"now: {format_bytes(present.capacity_bytes)}") if now <= 100 else None
     yield '<div class="charts">'
     yield lines(
         "Hits",
         [
-            Series(
-                way.eviction,
-                [
-                    (100 * one.capacity_bytes / disk_bytes, 100 * one.others[way])
-                    for one in plan.sizes
-                ],
-            )
+            Series(way.eviction, [(share, 100 * one.others[way]) for share, one in sizes])
             for way in policies
         ],
         axis,
@@ -313,18 +309,13 @@ def _sizes(plan: WhatIf) -> Iterable[str]:
     currency = present.prices.currency
     yield lines(
         f"Cost of {counted(present.run_epochs, 'epoch')} with eviction {present.variant.eviction}",
-        [
-            Series(
-                "cost",
-                [(100 * one.capacity_bytes / disk_bytes, one.total.dollars) for one in plan.sizes],
-            )
-        ],
+        [_series("cost", lambda one: one.total.dollars, sizes)],
         axis,
         Axis(currency, short),
         mark,
     )
     yield "</div>"
-    if share > 100:
+    if now > 100:
         yield (
             f"<p>Now: {format_bytes(present.capacity_bytes)}, more than the data. A larger cache "
             "changes nothing.</p>"
@@ -341,11 +332,11 @@ def _sizes(plan: WhatIf) -> Iterable[str]:
                 _now(
                     format_bytes(one.capacity_bytes), one.capacity_bytes == present.capacity_bytes
                 ),
-                _percent(one.capacity_bytes / disk_bytes),
+                _percent(share / 100),
                 *(_percent(one.others[way]) for way in policies),
                 *_costs_of(one.total),
             )
-            for one in plan.sizes
+            for share, one in sizes
         ],
     )
     yield (
@@ -368,9 +359,10 @@ def _nodes(plan: WhatIf) -> Iterable[str]:
     def by_nodes(value: Callable[[Forecast], float]) -> list[Series]:
         ways = dict.fromkeys(one.variant.assignment for one in plan.nodes)
         return [
-            Series(
+            _series(
                 way,
-                [(one.nodes, value(one)) for one in plan.nodes if one.variant.assignment == way],
+                value,
+                [(one.nodes, one) for one in plan.nodes if one.variant.assignment == way],
             )
             for way in ways
         ]
@@ -421,6 +413,10 @@ def _basis(plan: Forecast, config: DataConfig) -> str:
         "from other nodes, would have cost at the origin, for densities of the mean size. "
         "<code>zarrcache warm</code> records nothing, so its requests are in neither.</p>"
     )
+
+
+def _series(name: str, value: Callable[[T], float], shown: Iterable[tuple[float, T]]) -> Series:
+    return Series(name, [(x, value(one)) for x, one in shown])
 
 
 def _dollars(total: EpochTimes, plan: Forecast) -> tuple[float, float]:
