@@ -186,6 +186,9 @@ def test_older_names_are_understood(tmp_path: Path) -> None:
 
 
 def test_a_seed_beside_a_random_state_is_the_data_modules() -> None:
+    """Also where random_state has its default: one seed must not draw two other test sets."""
+    without = {key: value for key, value in KEYS.items() if key != "random_state"}
+    assert DataConfig.of({**without, "random_seed": 8}).random_state == 42
     assert DataConfig.of({**KEYS, "random_seed": 8}) == PLAIN
     assert DataConfig.of({"config": KEYS, "random_seed": 8}) == PLAIN
 

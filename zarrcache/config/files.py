@@ -201,8 +201,10 @@ def _of_keys(block: dict[str, Any], where: str) -> dict[str, Any]:
                     f"{where} has both {new} and {old}, which are the same. Remove {old}."
                 )
             keys[new] = keys.pop(old)
-    if "random_state" not in keys and "random_seed" in keys:  # as in electrai's own configs
-        keys["random_state"] = keys["random_seed"]
+    # In electrai's earlier configs random_seed draws the test set, too. With the present names it is
+    # the data module's own, and random_state draws the test set.
+    if _OLDER_NAMES.keys() & block.keys() and "random_seed" in keys:
+        keys.setdefault("random_state", keys["random_seed"])
     return {key: value for key, value in keys.items() if value != "???"}  # OmegaConf: not given
 
 
