@@ -419,6 +419,8 @@ NOT_AN_ARRAY = (
     [
         ("train_fraction", 1.5, "train_fraction: 1.5 is not a share of the materials. Write a num"),
         ("train_fraction", "most", "train_fraction: 'most' is not a share of the materials."),
+        ("train_fraction", 1, "train_fraction: 1 may mean all materials or one. Write 1.0"),
+        ("train_fraction", "1", "train_fraction: 1 may mean all materials or one. Write 1.0"),
         ("train_fraction", 0, "train_fraction: 0 is not a share"),
         ("train_fraction", True, "train_fraction: True is not a share"),
         ("train_fraction", float("nan"), "train_fraction: nan is not a share"),

@@ -127,8 +127,10 @@ def _train_fraction(value: object) -> object:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             number = int(value) if value.strip().isdecimal() else float(value)
-    if (isinstance(number, float) and 0 < number <= 1) or (type(number) is int and number >= 1):
+    if (isinstance(number, float) and 0 < number <= 1) or (type(number) is int and number > 1):
         return number
+    if type(number) is int and number == 1:  # scikit-learn reads it as one training material
+        raise ValueError("1 may mean all materials or one. Write 1.0 for all of them")
     raise ValueError(
         f"{safe_repr(value)} is not a share of the materials. Write a number above 0 and up to "
         "1.0, for example 0.8, or a whole number of training materials"
