@@ -344,15 +344,15 @@ def units_of(normalize: object) -> Units:
 
 
 def stored_array(array: str, units: Units, encoding: str = FLOAT32) -> str:
-    """`ArrayKey.array` of an array in these units; an array that is no density has none.
+    """`ArrayKey.array` of an array in these units. Only densities have units.
 
     Entries hold the divided values, because dividing 5 MB takes six times as long as the hit.
 
     Parameters
     ----------
-    units : {"cell", "points", "volume"}
+    array : str
         Name in the store.
-    is_per_point : bool
+    units : {"cell", "points", "volume"}
     encoding : str
         ``cache.arrays.encoding``.
 

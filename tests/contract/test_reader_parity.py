@@ -181,8 +181,8 @@ class TestEveryState:
     def test_reads_of_a_directory_through_the_byte_tier_are_plain_reads(
         self, world: World, tmp_path: Path
     ) -> None:
-        """Without the array tier zarr itself decodes, over cached objects; cold and warm. The
-        offline test below does it for S3.
+        """Without the array tier, densities are decoded from cached objects; cold and warm. The
+        offline test below shows the same for S3.
         """
         place, settings = "local", {"dir": tmp_path, "arrays": {"enabled": False}}
         assert_parity(world, world.reader(place, settings))

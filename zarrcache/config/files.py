@@ -201,8 +201,8 @@ def _of_keys(block: dict[str, Any], where: str) -> dict[str, Any]:
                     f"{where} has both {new} and {old}, which are the same. Remove {old}."
                 )
             keys[new] = keys.pop(old)
-    # In electrai's earlier configs random_seed draws the test set, too. With the present names it is
-    # the data module's own, and random_state draws the test set.
+    # In electrai's earlier configs random_seed also draws the test set. With the present names,
+    # random_seed belongs to the data module, and random_state draws the test set.
     if _OLDER_NAMES.keys() & block.keys() and "random_seed" in keys:
         keys.setdefault("random_state", keys["random_seed"])
     return {key: value for key, value in keys.items() if value != "???"}  # OmegaConf: not given

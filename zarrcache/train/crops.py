@@ -35,9 +35,9 @@ class Points:
     whole : (nx, ny, nz)
         Points of the grid as it was read, which fill the cell.
     step : int
-        Each how manieth of them is left.
+        Every `step`-th point is kept.
     shape : (nx, ny, nz)
-        What is left. Downsampling may have cut the grid to a multiple before.
+        Points that are kept. Downsampling may have cut the grid to a multiple before.
     """
 
     whole: tuple[int, ...]
@@ -148,8 +148,9 @@ class RandomCrop(Selection):
 
     Notes
     -----
-    *Seed.* Places are drawn as rotations are: see the Notes of `RhoData`. They do not change the
-    rotations.
+    *Seed.* Places are drawn from the same seeds as rotations: see the Notes of `RhoData`. With
+    ``rng="keyed"`` they do not change the rotations. With ``rng="torch"`` each place takes a number
+    from torch's generator, so later rotations differ from those without crops.
 
     *Rotation.* The window is cut from the rotated grid, so the sample is, bit for bit,
     ``numpy.take`` of the rotated, downsampled grid with ``mode="wrap"``.
