@@ -10,9 +10,7 @@ from zarrcache.arrays.attributes import (
 )
 from zarrcache.arrays.decode import (
     MAX_DOCUMENT_BYTES,
-    check_metadata,
     is_chunk_of_nothing,
-    metadata_key,
 )
 from zarrcache.arrays.density import (
     UNITS_ATTRIBUTE,
@@ -80,7 +78,6 @@ __all__ = [
     "ZippedStore",
     "as_density",
     "cell_volume",
-    "check_metadata",
     "check_sizes",
     "choose",
     "count_nonfinite",
@@ -102,7 +99,6 @@ __all__ = [
     "list_array",
     "members_of",
     "metadata_in",
-    "metadata_key",
     "metadata_of",
     "names_of",
     "no_density",

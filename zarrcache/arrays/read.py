@@ -115,11 +115,14 @@ class Examined(NamedTuple):
         Chunks of the grid that the origin does not have, and all of the grid.
     attributes : mapping
         Of the store, if the array is a density.
+    shape : tuple of int
+        Of the array; empty if that is not known before it is decoded.
     """
 
     missing_chunks: int
     chunks: int
     attributes: Mapping[str, Any]
+    shape: tuple[int, ...] = ()
 
     def electrons(self, array: str) -> float | None:
         """The number of electrons that the store states for the array of this name."""
@@ -344,7 +347,7 @@ def examine_array(what: OriginArray, listed: Collection[ObjectInfo]) -> Examined
     except (ValueError, RecursionError) as exc:
         raise SchemaError(f"{url}/{name} is not JSON ({exc}); convert the store again.") from exc
     check_metadata(document, f"{url}/{name}")
-    return Examined(*count_missing(document, keys), attributes)
+    return Examined(*count_missing(document, keys), attributes, tuple(document["shape"]))
 
 
 def density_of_group(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ import numpy as np
 from zarrcache._keys import (
     FLOAT32,
     ArrayKey,
-    ObjectInfo,
     Role,
     mantissa_bits,
     stored_array,
@@ -22,18 +20,17 @@ from zarrcache._keys import (
 from zarrcache.arrays import (
     OriginArray,
     as_density,
-    check_metadata,
+    examine_array,
     is_fetched_whole,
     is_object,
     list_array,
-    metadata_key,
     read_array,
 )
 from zarrcache.data import ZarrS3Reader
 from zarrcache.disk import BLOCK_BYTES, HEADER_BYTES, disk_bytes, expected_bytes, new_entry
-from zarrcache.errors import ArrayNotFoundError, IncompleteArrayError, SchemaError
+from zarrcache.errors import ArrayNotFoundError
 from zarrcache.ops.selection import concurrently
-from zarrcache.origin import PAGE_OBJECTS, Origin
+from zarrcache.origin import PAGE_OBJECTS
 
 __all__ = [
     "DensitySize",
@@ -94,23 +91,21 @@ def _measured(
     reader: ZarrS3Reader, task_id: str, role: Role, array: str, entry_bytes: Callable[[int], int]
 ) -> DensitySize:
     origin, store = reader.origin(role), reader.store_name(task_id, role)
+    what = OriginArray(origin, store, array, fills=True, uses_values=False)
     try:
         listed = list_array(OriginArray(origin, store, array))
-        stored_bytes = sum(obj.size_bytes for obj in listed)
         if is_fetched_whole(store):
-            shape = read_array(
-                OriginArray(origin, store, array, fills=True, uses_values=False), listed=listed
-            ).array.shape
+            shape = read_array(what, listed=listed).array.shape
+        else:
+            own = [obj for obj in listed if obj.key.startswith(what.prefix)]
+            shape = examine_array(what, own).shape
     except ArrayNotFoundError:
         if reader.if_missing == "error" or not reader.is_optional(role, array):
             raise
         return DensitySize(0, 0, 0, 0)
-    if is_fetched_whole(store):
-        requests = (0, 2) if is_object(store) else (1, len(listed))
-        return DensitySize(*requests, stored_bytes, entry_bytes(math.prod(shape)))
-    points = math.prod(_shape(origin, f"{store}/{array}/", listed))
-    lists = -(-len(listed) // PAGE_OBJECTS)
-    return DensitySize(lists, len(listed), stored_bytes, entry_bytes(points))
+    lists, gets = (0, 2) if is_object(store) else (-(-len(listed) // PAGE_OBJECTS), len(listed))
+    stored_bytes = sum(obj.size_bytes for obj in listed)
+    return DensitySize(lists, gets, stored_bytes, entry_bytes(math.prod(shape)))
 
 
 def measure_compression(
@@ -153,26 +148,6 @@ def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role, str
             nbytes += sum(obj.size_bytes for obj in listed)
     rate = nbytes / sum(seconds)
     return Speed(float(np.median(latencies)), float(np.median(seconds)), rate, len(seconds))
-
-
-def _shape(origin: Origin, prefix: str, listed: Sequence[ObjectInfo]) -> list[int]:
-    """The shape in the array's metadata object."""
-    by_name = {obj.key.removeprefix(prefix): obj for obj in listed}
-    name = metadata_key(by_name)
-    url = origin.url_of(f"{prefix}{name or '.zarray'}")
-    if name is None:
-        raise IncompleteArrayError(
-            f"{url} does not exist, but chunks of the array do. The store is incomplete: convert "
-            "it again."
-        )
-    ((_, data),) = origin.fetch([by_name[name]])
-    try:
-        document = json.loads(bytes(data))
-    except ValueError as exc:
-        raise SchemaError(f"{url} is not JSON ({exc}). Convert the store again.") from exc
-    check_metadata(document, url)
-    shape: list[int] = document["shape"]
-    return shape
 
 
 def _entry_bytes(points: int, encoding: str, compression: float) -> int:
