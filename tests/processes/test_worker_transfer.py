@@ -33,7 +33,7 @@ from zarrcache import (
     plan_warm,
 )
 from zarrcache.errors import SchemaError
-from zarrcache.train.worker_transfer import MappedTensor, _collate
+from zarrcache.train.worker_transfer import SentTensor, _collate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
@@ -378,7 +378,7 @@ def test_a_transformed_sample_that_is_evicted_on_its_way_is_the_transformed_one(
 def test_torch_still_documents_the_map_of_collate_functions() -> None:
     """``worker_transfer`` imports ``default_collate_fn_map`` from a private path."""
     assert "default_collate_fn_map" in (default_collate.__doc__ or "")
-    assert default_collate_fn_map[MappedTensor] is _collate
+    assert default_collate_fn_map[SentTensor] is _collate
 
 
 @pytest.mark.parametrize(
@@ -545,7 +545,7 @@ def test_in_this_process_tensors_are_plain(reader: ZarrS3Reader) -> None:
 def test_what_is_computed_from_a_mapped_tensor_is_plain() -> None:
     """Only the sample itself is transferred."""
     grid = np.zeros((1, 2, 2, 2), np.float32)
-    x = MappedTensor.over(torch.from_numpy(grid), grid, ("", 0, 0))
+    x = SentTensor.over(torch.from_numpy(grid), grid, ("", 0, 0))
     for y in (
         x + 1,
         x.sum(),

@@ -24,7 +24,7 @@ from zarrcache.disk import LazyGrid, LazyStack
 from zarrcache.errors import ConfigError, SchemaError
 from zarrcache.train.crops import LazyPair, Points, Selection, copy_rotated, times
 from zarrcache.train.precision import Precision
-from zarrcache.train.worker_transfer import PagesTensor, empty_tensor
+from zarrcache.train.worker_transfer import SentTensor, empty_tensor
 
 __all__ = [
     "Grid",
@@ -302,7 +302,7 @@ class PairToTensors:
             array = np.array(array, np.float32, order="C")
         tensor, pages = self._cast(array, field, name)
         in_blocks = get_worker_info() is not None and _pages.block_of(pages) is not None
-        return PagesTensor.over(tensor, pages) if in_blocks else tensor
+        return SentTensor.over(tensor, pages) if in_blocks else tensor
 
     def _cast(self, grid: Grid, field: int, name: str) -> _TensorAndGrid:
         tensor = torch.from_numpy(grid)

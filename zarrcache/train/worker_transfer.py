@@ -3,10 +3,10 @@
 torch copies a worker's tensor into new shared memory, at about 1 GB/s per worker: for two arrays of
 8 MiB that takes longer than everything else in a warm read. Here
 
-* a tensor over a cache file (`MappedTensor`) is sent as the place in that file, which the training
-  process maps, in 0.1 ms for any size;
-* a tensor with values of its own, rotated, cast, stacked or made by a transform (`PagesTensor`), is
-  in memory that both processes have mapped and use again (:mod:`zarrcache._pages`).
+* a tensor over a cache file is sent as the place in that file, which the training process maps, in
+  0.1 ms for any size;
+* a tensor with values of its own, rotated, cast, stacked or made by a transform, is in memory that
+  both processes have mapped and use again (:mod:`zarrcache._pages`).
 
 Everything else, and whatever finds no room there, is sent by torch.
 """
@@ -38,9 +38,8 @@ from zarrcache.disk import Place, is_mapped, map_place, place_of
 from zarrcache.errors import SchemaError
 
 __all__ = [
-    "MappedTensor",
-    "PagesTensor",
     "Sender",
+    "SentTensor",
     "Structure",
     "collate",
     "collate_fn",
@@ -96,24 +95,44 @@ class Sender(ABC):
             return tensor
         if not is_mapped(grid):
             is_in_pages = _pages.block_of(grid) is not None
-            return PagesTensor.over(tensor, grid) if is_in_pages else in_pages(tensor)
+            return SentTensor.over(tensor, grid) if is_in_pages else in_pages(tensor)
         if tensor.dtype is not torch.float32:
             return tensor
         parent = multiprocessing.parent_process()
         # A dataset that was made or copied in the worker: the training process cannot reread it.
         if parent is None or parent.pid not in self._known_in:
             return tensor
-        return MappedTensor.over(tensor, grid, (self._name, index, field))
+        return SentTensor.over(tensor, grid, (self._name, index, field))
 
 
 _senders: WeakValueDictionary[str, Sender] = WeakValueDictionary()
 
 
-class _SentTensor(torch.Tensor):
+class SentTensor(torch.Tensor):
     """A tensor that is sent from a worker without a copy.
 
     Every result computed from it is a plain tensor.
+
+    Attributes
+    ----------
+    memory : ndarray
+        The array in which it lies: a mapped entry, or shared pages of :mod:`zarrcache._pages`.
+    sample : (str, int, int) or None
+        Of a mapped entry: the sender, index and field by which it can be read again. If its memory
+        was written to, which :func:`zarrcache.disk.mmap.place_of` detects, its values are sent.
     """
+
+    memory: NDArray[Any]
+    sample: tuple[str, int, int] | None
+
+    @classmethod
+    def over(
+        cls, plain: torch.Tensor, memory: NDArray[Any], sample: tuple[str, int, int] | None = None
+    ) -> SentTensor:
+        """``plain``, which lies in ``memory``."""
+        tensor = plain.as_subclass(cls)
+        tensor.memory, tensor.sample = memory, sample
+        return tensor
 
     @classmethod
     def __torch_function__(
@@ -129,54 +148,11 @@ class _SentTensor(torch.Tensor):
         """The same memory as a plain tensor."""
         return self.as_subclass(torch.Tensor)
 
-    @abstractmethod
-    def like(self, plain: torch.Tensor) -> torch.Tensor:
-        """``plain``, a view of all of this tensor's memory, as this class."""
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.plain().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
         return copy.deepcopy(self.plain(), memo)
-
-
-class MappedTensor(_SentTensor):
-    """A tensor over a mapped entry.
-
-    If its memory was written to, which :func:`zarrcache.disk.mmap.place_of` detects, its values are
-    sent.
-    """
-
-    grid: NDArray[np.float32]
-    sample: tuple[str, int, int]
-
-    @classmethod
-    def over(
-        cls, plain: torch.Tensor, grid: NDArray[np.float32], sample: tuple[str, int, int]
-    ) -> MappedTensor:
-        """``plain``, which has the memory of ``grid`` and perhaps more axes of length one."""
-        tensor = plain.as_subclass(cls)
-        tensor.grid, tensor.sample = grid, sample
-        return tensor
-
-    def like(self, plain: torch.Tensor) -> torch.Tensor:
-        return MappedTensor.over(plain, self.grid, self.sample)
-
-
-class PagesTensor(_SentTensor):
-    """A tensor in shared pages of :mod:`zarrcache._pages`."""
-
-    pages: NDArray[Any]
-
-    @classmethod
-    def over(cls, plain: torch.Tensor, pages: NDArray[Any]) -> PagesTensor:
-        """``plain``, which lies in the block of ``pages``."""
-        tensor = plain.as_subclass(cls)
-        tensor.pages = pages
-        return tensor
-
-    def like(self, plain: torch.Tensor) -> torch.Tensor:
-        return PagesTensor.over(plain, self.pages)
 
 
 #: Element types that numpy lacks have those of an integer of the same size.
@@ -209,7 +185,7 @@ def in_pages(value: Any) -> Any:
     if _extent(value) == value.numel() and 0 not in value.stride():
         tensor = tensor.view(-1).as_strided(value.shape, value.stride())
     # The copy is also what resolves conj() and imag, which torch does not transfer.
-    return PagesTensor.over(tensor.copy_(value), pages)
+    return SentTensor.over(tensor.copy_(value), pages)
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -230,53 +206,48 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     )
 
 
-def _reduce_mapped(tensor: MappedTensor) -> tuple[Any, ...]:
-    """Pickle for a worker's queue: the place, if the tensor still is the whole entry unchanged."""
-    grid, plain = tensor.grid, tensor.plain()
-    is_grid = (
-        plain.data_ptr() == grid.__array_interface__["data"][0]
-        and plain.is_contiguous()
-        and plain.numel() == grid.size
-    )
-    place = (
-        place_of(grid)
-        if is_grid and plain.dtype is torch.float32 and not plain.requires_grad
-        else None
-    )
+def _reduce(tensor: SentTensor) -> tuple[Any, ...]:
+    """Pickle for a worker's queue: where the values are, or else the values."""
+    return _place(tensor) or _position(tensor) or (_identity, (_for_torch(tensor),))
+
+
+def _place(tensor: SentTensor) -> tuple[Any, ...] | None:
+    """The place in a file, if the tensor still is the whole entry unchanged."""
+    grid, plain = tensor.memory, tensor.plain()
+    if (
+        tensor.sample is None
+        or plain.data_ptr() != grid.__array_interface__["data"][0]
+        or not plain.is_contiguous()
+        or plain.numel() != grid.size
+        or plain.dtype is not torch.float32
+        or plain.requires_grad
+    ):
+        return None
+    place = place_of(grid)
     if place is None:
-        copied = in_pages(plain)
-        if isinstance(copied, PagesTensor):
-            return _reduce_pages(copied)
-        return _identity, (_for_torch(tensor),)
+        return None
     return _receive_place, (place, tuple(plain.shape), grid.shape, tensor.sample)
 
 
-def _reduce_pages(tensor: PagesTensor) -> tuple[Any, ...]:
-    """Pickle for a worker's queue: the position in the shared pages, which are lent with it."""
+def _position(tensor: SentTensor) -> tuple[Any, ...] | None:
+    """The position in the shared pages, which are lent with it."""
+    if tensor.sample is not None:
+        copied = in_pages(tensor.plain())
+        if not isinstance(copied, SentTensor):
+            return None
+        tensor = copied
     plain = tensor.plain()
-    start, nbytes = _pages.block_of(tensor.pages) or (0, 0)
+    start, nbytes = _pages.block_of(tensor.memory) or (0, 0)
     offset, size = plain.data_ptr() - start, plain.dtype.itemsize
-    extent = _extent(plain) * size
-    is_in_block = (
-        _is_dense(plain)
-        and plain.numel() > 0
-        and 0 <= offset <= nbytes - extent
-        and offset % size == 0
-    )
-    lent = _pages.lend(tensor.pages) if is_in_block else None
+    stop = offset + _extent(plain) * size
+    is_in_block = _is_dense(plain) and plain.numel() > 0 and 0 <= offset <= stop <= nbytes
+    lent = _pages.lend(tensor.memory) if is_in_block and offset % size == 0 else None
     if lent is None:
-        return _identity, (_for_torch(tensor),)
-    return _receive_pages, (
-        lent,
-        offset,
-        offset + extent,
-        plain.dtype,
-        tuple(plain.shape),
-        plain.stride(),
-    )
+        return None
+    return _receive_pages, (lent, offset, stop, plain.dtype, tuple(plain.shape), plain.stride())
 
 
-def _for_torch(tensor: _SentTensor) -> torch.Tensor:
+def _for_torch(tensor: SentTensor) -> torch.Tensor:
     """The tensor as torch can send it."""
     # plain() of a tensor that requires a gradient is not a leaf, and torch sends only leaves.
     if tensor.is_leaf:
@@ -338,15 +309,15 @@ def _long_axes(shape: tuple[int, ...]) -> list[int]:
 def _collate(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
     """Leave a batch of one in place; stack a larger one in shared pages."""
     first = batch[0]
-    if len(batch) == 1 and isinstance(first, _SentTensor) and first.is_contiguous():
-        return first.like(first.plain().unsqueeze(0))
+    if len(batch) == 1 and isinstance(first, SentTensor) and first.is_contiguous():
+        return SentTensor.over(first.plain().unsqueeze(0), first.memory, first.sample)
     if len(shapes := {tuple(tensor.shape) for tensor in batch}) > 1:
         raise SchemaError(
             f"the samples of a batch have different shapes ({', '.join(map(str, sorted(shapes)))}) "
             "and cannot be stacked. Pass collate_fn=zarrcache.collate to the DataLoader, which "
             "makes lists of them, or use batch_size=1."
         )
-    plain = [tensor.plain() if isinstance(tensor, _SentTensor) else tensor for tensor in batch]
+    plain = [tensor.plain() if isinstance(tensor, SentTensor) else tensor for tensor in batch]
     if (
         get_worker_info() is not None
         and len({tensor.dtype for tensor in plain}) == 1
@@ -355,7 +326,7 @@ def _collate(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> to
         _pages.share()
         stacked, pages = empty_tensor((len(plain), *plain[0].shape), plain[0].dtype)
         if _pages.block_of(pages) is not None:
-            return PagesTensor.over(torch.stack(plain, out=stacked), pages)
+            return SentTensor.over(torch.stack(plain, out=stacked), pages)
     result: torch.Tensor = default_collate(plain)
     return result
 
@@ -364,15 +335,9 @@ def _listed(batch: Sequence[Structure], *, collate_fn_map: Any = None) -> list[S
     return list(batch)
 
 
-ForkingPickler.register(MappedTensor, _reduce_mapped)
-ForkingPickler.register(PagesTensor, _reduce_pages)
-default_collate_fn_map[MappedTensor] = _collate
-default_collate_fn_map[PagesTensor] = _collate
+ForkingPickler.register(SentTensor, _reduce)
+default_collate_fn_map[SentTensor] = _collate
 default_collate_fn_map[Structure] = _listed
-
-
-# -- batches of samples whose grids may differ
-# --------------------------------------------------------------------------------------------------
 
 
 def collate_fn(batch: Sequence[Any]) -> Any:

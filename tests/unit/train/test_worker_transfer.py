@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tests.support.cachedirs import key_of
 from zarrcache.disk import header_of, map_entry, publish, write_entry
-from zarrcache.train.worker_transfer import MappedTensor, Sender
+from zarrcache.train.worker_transfer import Sender, SentTensor
 
 pytestmark = pytest.mark.skipif(
     not os.path.exists("/proc/self/pagemap"),
@@ -50,7 +50,7 @@ def path(tmp_path: Path) -> Path:
 def sent(path: Path, sender: Sender, shape: tuple[int, ...] = (2, 3, 4)) -> bytes:
     """What a worker puts into its queue for sample 7, field 1."""
     grid = map_entry(path).array
-    tensor = MappedTensor.over(torch.from_numpy(grid).reshape(shape), grid, (sender._name, 7, 1))
+    tensor = SentTensor.over(torch.from_numpy(grid).reshape(shape), grid, (sender._name, 7, 1))
     return bytes(ForkingPickler.dumps(tensor))
 
 
@@ -101,7 +101,7 @@ def test_a_rotated_thin_grid_keeps_its_shape(tmp_path: Path) -> None:
     publish(tmp_path / "thin", lambda file: write_entry(file, header, thin))
     sender = Samples((1, 24, 1))
     grid = map_entry(tmp_path / "thin").array.transpose(1, 2, 0)
-    tensor = MappedTensor.over(torch.from_numpy(grid), grid, (sender._name, 7, 1))
+    tensor = SentTensor.over(torch.from_numpy(grid), grid, (sender._name, 7, 1))
     raw = bytes(ForkingPickler.dumps(tensor))
     assert b"thin" in raw
     (tmp_path / "thin").unlink()
@@ -144,7 +144,7 @@ def test_a_copy_in_the_same_process_is_another_sender_and_one_elsewhere_is_the_s
 def test_a_tensor_that_was_changed_is_sent_by_its_values(path: Path, change: Any) -> None:
     sender = Samples()
     grid = map_entry(path).array
-    tensor = MappedTensor.over(torch.from_numpy(grid), grid, (sender._name, 7, 1))
+    tensor = SentTensor.over(torch.from_numpy(grid), grid, (sender._name, 7, 1))
     change(tensor)
     raw = bytes(ForkingPickler.dumps(tensor))
     assert os.fspath(path).encode() not in raw
