@@ -18,7 +18,6 @@ from zarrcache.cli.options import (
     check_output,
     data_config,
     read_ids,
-    write_output,
 )
 
 __all__ = ["audit"]
@@ -45,6 +44,7 @@ def audit(
     """
     from zarrcache import ops
     from zarrcache.cli.progress import Meter
+    from zarrcache.disk import write_file
 
     source = data_config(config, needs_cache=False)
     if html is not None:
@@ -52,7 +52,7 @@ def audit(
     with Meter("Auditing", "pairs", 0) as meter:
         report = ops.audit(source, ids=read_ids(ids), progress=meter.reach)
     if html is not None:
-        write_output(html, ops.audit_page(source, report))
+        write_file(html, ops.audit_page(source, report).encode())
     refusal = ops.known_refusal(source)
     if as_json:
         show_json({**asdict(report), "counts": report.counts, "refusal": refusal})

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from zarrcache.cli.app import command, say, show
-from zarrcache.cli.options import check_output, output_file, write_output
+from zarrcache.cli.options import check_output, output_file
 from zarrcache.errors import ConfigError
 
 __all__ = ["init", "schema"]
@@ -50,6 +50,7 @@ def init(
     import yaml
 
     from zarrcache.config import DataConfig
+    from zarrcache.disk import write_file
     from zarrcache.ops import filled_in, key_comments, sample
 
     if os.path.isfile(path) and not force:
@@ -81,7 +82,7 @@ def init(
         text = text.replace('"configs/s3_cached.yaml"', json.dumps(str(path), ensure_ascii=False))
         text = text.replace("configs/s3_cached.yaml", name)
     config = DataConfig.of(yaml.safe_load(text))  # an error names the key
-    write_output(path, text)
+    write_file(path, text.encode())
     steps = [f"zarrcache doctor {name}", f"zarrcache warm {name}"]
     if not Path(config.map_dir).expanduser().exists():
         places = " ".join(map(shlex.quote, dict.fromkeys((config.data_dir, config.label_dir))))
@@ -96,6 +97,7 @@ def schema(
     output: Annotated[Path | None, output_file("file to write [default: standard output]")] = None,
 ) -> int:
     """Print the JSON schema of a config, for editors."""
+    from zarrcache.disk import write_file
     from zarrcache.ops import config_schema
 
     text = json.dumps(config_schema(), indent=2)
@@ -103,7 +105,7 @@ def schema(
         show(text)
         return 0
     check_output(output, "a JSON schema", b'{\n  "$schema"')
-    write_output(output, text + "\n")
+    write_file(output, f"{text}\n".encode())
     say(
         f"wrote {output}. As the first line of a config: "
         f"# yaml-language-server: $schema={output.absolute().as_uri()}"

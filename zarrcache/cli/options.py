@@ -50,7 +50,6 @@ __all__ = [
     "s3_options",
     "seconds",
     "whole",
-    "write_output",
 ]
 
 #: The kind of file of `check_output`, and how it begins.
@@ -199,14 +198,6 @@ def cache_source(
     return cache_at(Path(found))
 
 
-def unwritable(path: Path, exc: OSError) -> ConfigError:
-    """The error of a file that a command was to write."""
-    return ConfigError(
-        f"{path} cannot be written ({exc.strerror}). Give a file in a directory that exists and "
-        "that you may write to."
-    )
-
-
 def check_output(path: Path, what: str, begins: bytes) -> None:
     """Refuse, before minutes of work, a file that cannot be written or that is of another kind.
 
@@ -224,20 +215,15 @@ def check_output(path: Path, what: str, begins: bytes) -> None:
         with path.open("rb") as file:
             head = file.read(1000)
     except OSError as exc:
-        raise unwritable(path, exc) from exc
+        raise ConfigError(
+            f"{path} cannot be written ({exc.strerror}). Give a file in a directory that exists, "
+            "and that you may write to."
+        ) from exc
     if path.suffix == ".gz":
         with suppress(zlib.error):
             head = zlib.decompressobj(wbits=31).decompress(head)
     if head and not head.startswith(begins):
         raise ConfigError(f"{path} exists and is not {what}. Give another file, or remove it.")
-
-
-def write_output(path: Path, content: str | bytes) -> None:
-    """Write a whole file."""
-    try:
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    except OSError as exc:
-        raise unwritable(path, exc) from exc
 
 
 def read_ids(path: Path | None) -> list[str] | None:

@@ -9,7 +9,7 @@ import typer
 
 from zarrcache._keys import ROLES, arrays_of, density_name, is_density, units_of
 from zarrcache.cli.app import command, say, show
-from zarrcache.cli.options import Config, check_output, data_config, output_file, write_output
+from zarrcache.cli.options import Config, check_output, data_config, output_file
 from zarrcache.errors import ConfigError
 
 __all__ = ["plot"]
@@ -56,6 +56,7 @@ def plot(
     Reads through CONFIG's cache, and fetches what is not in it.
     """
     from zarrcache.cli.progress import show_panels
+    from zarrcache.disk import write_file
     from zarrcache.ops import as_png, draw_pair
     from zarrcache.registry import open_reader
 
@@ -78,7 +79,7 @@ def plot(
         show(title)
         show_panels(rows)
     else:
-        write_output(output, as_png(rows, title))
+        write_file(output, as_png(rows, title))
         say(f"wrote {output}")
     if len(rows[0]) < 3:
         shapes = " and ".join("x".join(map(str, grid.shape)) for grid in grids)

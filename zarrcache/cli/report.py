@@ -14,7 +14,6 @@ from zarrcache.cli.options import (
     data_config,
     number,
     output_file,
-    write_output,
 )
 from zarrcache.errors import ConfigError, ZarrCacheError
 
@@ -36,6 +35,7 @@ def report(
     from zarrcache import ops
     from zarrcache.cli.progress import Meter
     from zarrcache.config import cache_of
+    from zarrcache.disk import write_file
 
     source = data_config(config)
     check_output(output, *PAGE)
@@ -54,6 +54,6 @@ def report(
         forecast = str(exc)
         say(f"error: no forecast: {exc}", always=True)
     page = ops.report_page(source, recorded, forecast, now_s=time.time())
-    write_output(output, page)
+    write_file(output, page.encode())
     say(f"wrote {output}")
     return int(isinstance(forecast, str))
