@@ -3,6 +3,7 @@ from .activity import Monitor as Monitor
 from .audit import KINDS as KINDS
 from .audit import Finding as Finding
 from .audit import audit as audit
+from .audit import audit_page as audit_page
 from .doctor import examine as examine
 from .entries import list_entries as list_entries
 from .evict import plan_evict as plan_evict
@@ -20,7 +21,6 @@ from .lock import make_lock as make_lock
 from .maps import find_ids as find_ids
 from .maps import write_map as write_map
 from .metrics import exposition as exposition
-from .pages import audit_page as audit_page
 from .report import report_page as report_page
 from .runs import read_runs as read_runs
 from .samples import config_schema as config_schema

@@ -8,23 +8,28 @@ the electrons.
 
 from __future__ import annotations
 
+import base64
 import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import ROLES, Channel, Role, density_array, density_name, units_of
+from zarrcache._units import counted, format_bytes
 from zarrcache.config import DataConfig
 from zarrcache.data import ZarrS3Reader, crc_of, open_reader
 from zarrcache.errors import ZarrCacheError
+from zarrcache.ops.figures import as_png, draw_pair
+from zarrcache.ops.pages import page, table
 from zarrcache.ops.selection import all_pairs, concurrently
 
-__all__ = ["KINDS", "AuditReport", "Finding", "audit"]
+__all__ = ["KINDS", "AuditReport", "Finding", "audit", "audit_page"]
 
 #: What can be wrong, worst first, and what it means for a training.
 KINDS = {
@@ -52,6 +57,11 @@ _POTENTIAL_RATIO = 0.2
 _CHARGE_RATIO = 0.1
 #: Sizes of noble gases, at which the periods end.
 _NOBLE = (0, 2, 10, 18, 36, 54, 86, 118)
+_PICTURES = 20
+_LEGEND = (
+    '<p class="faint">Planes through the middle of each axis. Input and label share a scale; blue '
+    "to red is label minus input.</p>"
+)
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,49 @@ def audit(
     rank = list(KINDS)
     findings.sort(key=lambda found: (rank.index(found.kind), -found.severity, found.task_id))
     return AuditReport(len(task_ids), nbytes, tuple(findings))
+
+
+def audit_page(config: DataConfig, report: AuditReport) -> str:
+    """The report of an audit, with three planes of each of the worst 20 pairs."""
+    pairs = (
+        f"<p>{report.materials:,} pairs ({format_bytes(report.nbytes)}) of "
+        f"<code>{escape(config.functional)}</code>: input <code>{escape(config.data_dir)}</code>, "
+        f"label <code>{escape(config.label_dir)}</code>.</p>"
+    )
+    if not report.findings:
+        return page("Audit: nothing is wrong", pairs)
+    rows = [(kind, f"{count:,}", KINDS[kind]) for kind, count in report.counts.items()]
+    findings = [
+        (found.kind, found.task_id, found.role or "pair", found.what) for found in report.findings
+    ]
+    worst = report.worst(_PICTURES)
+    parts = [
+        pairs,
+        table(("kind", "materials", "what it is"), rows),
+        "<h2>Findings</h2>",
+        table(("kind", "id", "of", "what"), findings),
+        f"<h2>The worst {len(worst)}</h2>",
+        _LEGEND,
+    ]
+    reader = open_reader(config)
+    for task_id in worst:
+        what = "; ".join(
+            f"{found.role or 'pair'}: {found.what}"
+            for found in report.findings
+            if found.task_id == task_id
+        )
+        try:
+            loaded = [reader.load(task_id, role) for role in ROLES]
+            grids = [values.reshape(-1, *gridsize)[0] for values, gridsize in loaded]
+            data = base64.b64encode(as_png(draw_pair(*grids))).decode()
+            picture = f'<img alt="planes of {escape(task_id)}" src="data:image/png;base64,{data}">'
+        except ZarrCacheError as exc:
+            picture = f"<p>no picture: {escape(str(exc))}</p>"
+        parts.append(
+            f"<figure>{picture}<figcaption><b>{escape(task_id)}</b>: {escape(what)}</figcaption>"
+            "</figure>"
+        )
+    return page(f"Audit: {counted(len(findings), 'finding')}", "\n".join(parts))
 
 
 def _examine(reader: ZarrS3Reader, task_id: str) -> _Pair:

@@ -11,9 +11,8 @@ from typing import TypeVar
 
 from zarrcache._units import counted, format_bytes, format_money
 from zarrcache.config import CacheConfig, DataConfig, cache_of
-from zarrcache.ops.charts import CHART_STYLE, Axis, Series, columns, lines, short
 from zarrcache.ops.forecast import EpochForecast, Forecast, WhatIf
-from zarrcache.ops.pages import page, table
+from zarrcache.ops.pages import Axis, Series, columns, lines, page, short, table
 from zarrcache.ops.runs import RecordedRun, RecordedRuns
 from zarrcache.train import EpochTimes
 
@@ -21,17 +20,6 @@ __all__ = ["report_page"]
 
 T = TypeVar("T")
 
-_STYLE = """
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem;
-  margin: 1.5rem 0; }
-.tiles div { background: var(--shade); border-radius: .5rem; padding: .7rem .9rem; }
-.tiles dt { color: var(--faint); font-size: .85rem; } .tiles dd { margin: 0; font-size: 1.5rem; }
-.tiles dd small { display: block; color: var(--faint); font-size: .8rem; line-height: 1.3; }
-.say { border-left: .25rem solid var(--c0); padding: .4rem 1rem; background: var(--shade); }
-summary { cursor: pointer; color: var(--faint); }
-pre { background: var(--shade); padding: .8rem 1rem; overflow-x: auto; border-radius: .3rem; }
-pre code { background: none; padding: 0; } code { overflow-wrap: anywhere; }
-"""
 #: Epochs that a chart and its table show; the sums count all.
 _EPOCHS = 200
 #: Six, as there are colours.
@@ -88,7 +76,7 @@ def report_page(
     else:
         parts += [*_forecast(plan.present), *_sizes(plan), *_nodes(plan)]
         parts.append(_basis(plan.present, config))
-    return page(f"Training report: {config.functional}", "\n".join(parts), CHART_STYLE + _STYLE)
+    return page(f"Training report: {config.functional}", "\n".join(parts))
 
 
 def _tiles(recorded: RecordedRuns, plan: WhatIf | None) -> str:
