@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,21 +40,78 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Keep what collection makes out of the garbage collector, which else looks through all modules
-    and tests again and again, in every process of a parallel run.
-    """
+    """Collect no garbage while modules and tests are made: almost all of it stays."""
     gc.disable()
     try:
         return (yield)
     finally:
-        gc.freeze()
         gc.enable()
+        _keep_out_of_the_garbage_collector()
+
+
+def pytest_runtest_logfinish() -> None:
+    """Do the same with modules that a test has imported: Lightning has more objects than all
+    tests.
+    """
+    if len(sys.modules) > _modules + 50:
+        _keep_out_of_the_garbage_collector()
+
+
+def pytest_unconfigure() -> None:
+    """Collect once. pytest does so five times, and the interpreter at its end, which is a second
+    of CPU in every process of a parallel run.
+    """
+    _keep_out_of_the_garbage_collector()
+
+
+_modules = 0
+
+
+def _keep_out_of_the_garbage_collector() -> None:
+    """Free what is garbage, and exempt the rest, mostly modules, from being searched again."""
+    global _modules
+    gc.collect()
+    gc.freeze()
+    _modules = len(sys.modules)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first: in a parallel run the many short ones fill the end."""
     longest = ["processes", "property", "docs", "faults", "contract", "cli", "real"]
     items.sort(key=lambda item: [room not in item.path.parent.parts for room in longest])
+
+
+#: What imports Lightning, or needs processes that have (``support/ranks.py``).
+_WITH_LIGHTNING = (
+    "tests/processes/test_distributed_training.py",
+    "tests/processes/test_monitor.py::test_lightning_",
+    "tests/processes/test_monitor.py::test_a_monitor_in_lightning_",
+    "tests/docs/test_electrai_guide.py",
+    "tests/docs/test_probes_guide.py",
+    "tests/docs/test_training_examples.py",
+    "tests/contract/test_channels.py::test_data_modules_",
+    "tests/cli/test_cli_lock.py::test_another_split_file_",
+    "tests/unit/test_lightning.py",
+    "tests/unit/test_rho_data_module.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a file in one process of a parallel run, which makes its fixtures once, and all tests
+    with Lightning in one, because its import takes 4 s of CPU.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler.loadfile import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> Any:
+            if nodeid.startswith(_WITH_LIGHTNING):
+                return "Lightning"
+            return super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
