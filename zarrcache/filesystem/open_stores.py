@@ -19,7 +19,7 @@ from zarrcache.errors import IncompleteArrayError
 from zarrcache.origin import BrowsableOrigin
 from zarrcache.stats import Counters
 
-__all__ = ["OpenStores", "StorePlace", "changed_error", "stores_of"]
+__all__ = ["OpenStores", "Place", "changed_error", "stores_of"]
 
 #: Stores whose listings are in memory, and objects in them: 30 MB.
 _MAX_STORES = 64
@@ -30,22 +30,36 @@ _MAX_INVALIDATED = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class StorePlace:
-    """Where a store is.
+class Place:
+    """Where a path is.
 
     Attributes
     ----------
-    id : tuple of str
-        Identity of the origin, and the store's path.
     origin : BrowsableOrigin
         The bucket, or the root directory of the machine.
+    above : str
+        Part of the path before its key: ``bucket/`` or ``/``.
     key : str
-        Of the store, below ``origin``.
+        Below ``origin``; empty for the bucket.
+    store : str
+        Key of the store that contains it; empty if no part is ``*.zarr``.
+    inside : str
+        Key in the store.
+    store_id : (str, str)
+        Identity of the origin, and the store's path.
     """
 
-    id: tuple[str, str]
     origin: BrowsableOrigin
+    above: str
     key: str
+    store: str
+    inside: str
+    store_id: tuple[str, str]
+
+    @property
+    def below(self) -> str:
+        """Prefix of the keys below this one."""
+        return f"{self.key}/" if self.key else ""
 
 
 class OpenStores:
@@ -67,12 +81,13 @@ class OpenStores:
         self._versions: OrderedDict[tuple[str, str], str | None] = OrderedDict()
         self._invalidated: set[tuple[str, str]] = set()
 
-    def store(self, place: StorePlace, *, is_opening: bool, refresh: bool) -> CachedStore | None:
+    def store(self, place: Place, *, is_opening: bool, refresh: bool) -> CachedStore | None:
         """An open store; None if it has no objects.
 
         Parameters
         ----------
-        place : StorePlace
+        place : Place
+            In a store.
         is_opening : bool
             The caller begins to read, so a new version of the store is accepted. False: it reads a
             chunk, of the version that it has opened.
@@ -84,15 +99,15 @@ class OpenStores:
         IncompleteArrayError
             The store was changed since it was opened.
         """
-        store_id = place.id
+        store_id = place.store_id
         with self._lock:
             is_changed = self._versions.get(store_id, "") is None
             store = self._stores.get(store_id)
             if is_changed and not is_opening:
-                raise changed_error(place.origin.url_of(place.key))
+                raise changed_error(place.origin.url_of(place.store))
             relists = refresh or is_changed or self.config.revalidate == "epoch"
             if store is None or (is_opening and relists):
-                directory, _, name = place.key.rpartition("/")
+                directory, _, name = place.store.rpartition("/")
                 origin = place.origin.below(directory) if directory else place.origin
                 # A known version is newer than the call of invalidate_cache, which forgets it.
                 is_invalidated = store_id not in self._versions and self._is_invalidated(store_id)
@@ -110,7 +125,7 @@ class OpenStores:
             if not is_opening and known != version:
                 self._drop(store_id)
                 self._versions[store_id] = None
-                raise changed_error(place.origin.url_of(place.key))
+                raise changed_error(place.origin.url_of(place.store))
             if not has_objects:
                 self._drop(store_id)
                 self._versions.pop(store_id, None)
@@ -137,14 +152,14 @@ class OpenStores:
         self._stores.pop(store_id, None)
         self._n_objects.pop(store_id, None)
 
-    def changed(self, place: StorePlace, store: CachedStore) -> IncompleteArrayError:
+    def changed(self, place: Place, store: CachedStore) -> IncompleteArrayError:
         """Note that an open store has changed. Returns the error to raise."""
         with self._lock:
             # A late answer to a reader of the old version says nothing about the new one.
-            if self._stores.get(place.id, store) is store:
-                self._drop(place.id)
-                self._versions[place.id] = None
-        return changed_error(place.origin.url_of(place.key))
+            if self._stores.get(place.store_id, store) is store:
+                self._drop(place.store_id)
+                self._versions[place.store_id] = None
+        return changed_error(place.origin.url_of(place.store))
 
     def invalidate(self, origin_id: str, path: str | None) -> None:
         """List the stores at, above or below a path again at their next use; None: all."""

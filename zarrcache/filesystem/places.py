@@ -14,7 +14,7 @@ from fsspec.utils import tokenize
 from zarrcache._keys import ObjectInfo, source_digest
 from zarrcache.cache import CachedStore, read_range
 from zarrcache.errors import IncompleteArrayError, OriginError, OriginNotFoundError
-from zarrcache.filesystem.open_stores import OpenStores, StorePlace
+from zarrcache.filesystem.open_stores import OpenStores, Place
 from zarrcache.origin import BrowsableOrigin
 
 __all__ = ["Found", "Places"]
@@ -26,40 +26,10 @@ _CHUNK = re.compile(r"(c|\d+)([./]\d+)*")
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a path is.
-
-    Attributes
-    ----------
-    origin : BrowsableOrigin
-        The bucket, or the root directory of the machine.
-    above : str
-        Part of the path before its key: ``bucket/`` or ``/``.
-    key : str
-        Below ``origin``; empty for the bucket.
-    store : StorePlace or None
-        The store that contains it, if there is a part ``*.zarr``.
-    inside : str
-        Key in the store.
-    """
-
-    origin: BrowsableOrigin
-    above: str
-    key: str
-    store: StorePlace | None = None
-    inside: str = ""
-
-    @property
-    def below(self) -> str:
-        """Prefix of the keys below this one."""
-        return f"{self.key}/" if self.key else ""
-
-
-@dataclass(frozen=True, slots=True)
 class Found:
     """A file in the version that was listed. ``store`` is None for a file outside of stores."""
 
-    place: _Place
+    place: Place
     obj: ObjectInfo
     store: CachedStore | None
 
@@ -149,9 +119,8 @@ class Places:
         start = place.below + prefix
         found: dict[str, ObjectInfo] = {}
         if store is not None:
-            assert place.store is not None
             for inside, obj in store.objects().items():
-                key = f"{place.store.key}/{inside}"
+                key = f"{place.store}/{inside}"
                 if key.startswith(start):
                     found[place.above + key] = obj
         else:
@@ -178,7 +147,7 @@ class Places:
             listed = [] if obj is None else [obj]
             now = store.origin.list_objects(f"{store.name}/{place.inside}")
             if source_digest(now) != source_digest(listed):
-                raise self._changed(place, store)
+                raise self.stores.changed(place, store)
         return None if obj is None else Found(place, obj, store)
 
     def content(self, path: str) -> Found:
@@ -210,7 +179,7 @@ class Places:
             try:
                 return found.store.read(obj, start, stop)
             except IncompleteArrayError:
-                self._changed(found.place, found.store)
+                self.stores.changed(found.place, found.store)
                 raise
         tier = self.stores.cache.bytes(origin)
         try:
@@ -222,7 +191,7 @@ class Places:
 
     # -- parts
 
-    def _place(self, path: str) -> _Place:
+    def _place(self, path: str) -> Place:
         """The origin of a path, its key there, and the store that contains it. No request."""
         if self._is_s3:
             bucket, _, key = path.partition("/")
@@ -231,29 +200,23 @@ class Places:
             root, above, key = self.stores.cache.origin("/"), "/", path.strip("/")
         origin = cast("BrowsableOrigin", root)
         parts = key.split("/")
-        for i, part in enumerate(parts, 1):
-            if part.endswith(".zarr") and part != ".zarr":
-                store = "/".join(parts[:i])
-                store_id = (self._origin_id, above + store)
-                inside = "/".join(parts[i:])
-                return _Place(origin, above, key, StorePlace(store_id, origin, store), inside)
-        return _Place(origin, above, key)
+        # The first part that is the name of a store.
+        names = (n for n, part in enumerate(parts, 1) if part.endswith(".zarr") and part != ".zarr")
+        end = next(names, 0)
+        store, inside = "/".join(parts[:end]), "/".join(parts[end:])
+        return Place(origin, above, key, store, inside, (self._origin_id, above + store))
 
     def _store(
-        self, place: _Place, *, is_opening: bool = True, refresh: bool = False
+        self, place: Place, *, is_opening: bool = True, refresh: bool = False
     ) -> CachedStore | None:
         """The store that contains a place, if there is one with objects."""
-        if place.store is None:
+        if not place.store:
             return None
         with self._asking(place):
-            return self.stores.store(place.store, is_opening=is_opening, refresh=refresh)
-
-    def _changed(self, place: _Place, store: CachedStore) -> IncompleteArrayError:
-        assert place.store is not None
-        return self.stores.changed(place.store, store)
+            return self.stores.store(place, is_opening=is_opening, refresh=refresh)
 
     @contextlib.contextmanager
-    def _asking(self, place: _Place) -> Iterator[None]:
+    def _asking(self, place: Place) -> Iterator[None]:
         """Wrap requests: a bucket that answered before and is gone is an error of the origin."""
         bucket = (self._origin_id, place.above)
         try:
@@ -264,7 +227,7 @@ class Places:
             raise
         self.stores.buckets.add(bucket)
 
-    def _head(self, place: _Place) -> ObjectInfo | None:
+    def _head(self, place: Place) -> ObjectInfo | None:
         """An object outside of stores, looked up at the origin."""
         listed = place.origin.list_objects(place.key) if place.key else []
         if not listed:  # which says nothing about the bucket
