@@ -81,10 +81,6 @@ class DataModule(LightningDataModule):
             Too few samples, a list or split file that does not fit, or ranks with different
             samples.
         """
-        self.check_ranks()
-
-    def check_ranks(self) -> None:
-        """Compute the splits, and refuse to train if they differ between the ranks."""
         counts = {name: len(split.train) for name, split in self.splits.items()}
         trainer = self.trainer
         if trainer is None or trainer.world_size == 1:

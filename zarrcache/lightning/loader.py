@@ -9,14 +9,9 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from zarrcache.errors import ConfigError
 from zarrcache.parallel import World
-from zarrcache.train import (
-    CombinedDataset,
-    NodeSampler,
-    Sample,
-    ZarrDataset,
-)
+from zarrcache.train import CombinedDataset, NodeSampler, Sample, ZarrDataset
 
-__all__ = ["Sampler", "TrainLoader", "counts", "world_of"]
+__all__ = ["Sampler", "TrainLoader", "world_of"]
 
 
 class Sampler(NodeSampler, DistributedSampler[int]):
@@ -100,8 +95,3 @@ def world_of(trainer: Any) -> World | None:
             "the job."
         )
     return world
-
-
-def counts(progress: Any) -> Any:
-    """Lightning's counters of epochs or batches: ready, started, processed, completed."""
-    return progress.current

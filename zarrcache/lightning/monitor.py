@@ -13,11 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from zarrcache.train import (
-    EpochTimes,
-    Recorder,
-    Verdict,
-)
+from zarrcache.train import EpochTimes, Recorder, Verdict
 
 __all__ = ["CacheMonitor"]
 

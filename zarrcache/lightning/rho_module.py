@@ -21,7 +21,7 @@ from zarrcache.train import (
     Sources,
     Transforms,
     ZarrDataset,
-    collate_fn,
+    collate,
 )
 
 __all__ = ["RhoDataModule"]
@@ -248,7 +248,7 @@ class RhoDataModule(DataModule):
             batch_size,
             shuffle=shuffle,
             num_workers=workers,
-            collate_fn=collate_fn,
+            collate_fn=collate,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             drop_last=self.drop_last,
             multiprocessing_context=start_method(self.train_workers, self.val_workers)

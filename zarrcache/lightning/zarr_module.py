@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from zarrcache._units import whole_number
 from zarrcache.errors import ConfigError
 from zarrcache.lightning.base import DataModule, start_method, transforms_of
-from zarrcache.lightning.loader import Sampler, TrainLoader, counts, world_of
+from zarrcache.lightning.loader import Sampler, TrainLoader, world_of
 from zarrcache.train import (
     Assignment,
     CombinedDataset,
@@ -25,7 +25,7 @@ from zarrcache.train import (
     Sources,
     Transforms,
     ZarrDataset,
-    collate_fn,
+    collate,
     collate_in_lists,
 )
 
@@ -165,6 +165,7 @@ class ZarrDataModule(DataModule):
             "downsample_label": setting("downsample_label", downsample_label, 1),
             "augment_on": setting("augment_on", augment_on, "cpu"),
         }
+        self._defers = self._tensors["augment_on"] == "device"
         self._deferring: ZarrDataset | CombinedDataset | None = None
         self._loader: TrainLoader | None = None
         self._ahead: Lookahead | None = None
@@ -185,7 +186,7 @@ class ZarrDataModule(DataModule):
             transform=self._transforms.get(side),
             **self._tensors,
         )
-        if self._tensors["augment_on"] == "device":
+        if self._defers:
             self._deferring = dataset
         return dataset
 
@@ -223,24 +224,17 @@ class ZarrDataModule(DataModule):
         self._loader, self._begun = loader, None
         if self.trainer is not None:
             self._join(loader, sampler)
-        self._look_ahead(dataset, sampler)
-        return loader
-
-    def _look_ahead(self, dataset: ZarrDataset | CombinedDataset, sampler: NodeSampler) -> None:
-        """Start the look-ahead of this rank. Call before the loader starts its workers."""
-        self._stop_looking_ahead()
+        self.teardown()
         # A combined dataset has one order over several caches.
         if isinstance(dataset, ZarrDataset):
-            self._ahead = Lookahead(dataset, sampler)
-
-    def _stop_looking_ahead(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
+            self._ahead = Lookahead(dataset, sampler)  # before the loader starts its workers
+        return loader
 
     def teardown(self, stage: str | None = None) -> None:
         """End the look-ahead process."""
-        self._stop_looking_ahead()
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def _join(self, loader: TrainLoader, sampler: NodeSampler) -> None:
         """Set the epoch that Lightning is about to train, and the batch at which it continues.
@@ -249,13 +243,9 @@ class ZarrDataModule(DataModule):
         in the order of epoch 0.
         """
         assert self.trainer is not None
-        epochs, batches = (
-            counts(progress)
-            for progress in (
-                self.trainer.fit_loop.epoch_progress,
-                self.trainer.fit_loop.epoch_loop.batch_progress,
-            )
-        )
+        # Lightning's counters: ready, started, processed, completed
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         # Saved after the last batch but before the end of the epoch: Lightning continues with the
         # next epoch.
         is_over = (
@@ -307,9 +297,7 @@ class ZarrDataModule(DataModule):
             "pin_memory": self.pin_memory and torch.cuda.is_available(),
             "persistent_workers": self.persistent_workers and workers > 0,
             "multiprocessing_context": context if workers else None,
-            "collate_fn": collate_in_lists
-            if self._tensors["augment_on"] == "device"
-            else collate_fn,
+            "collate_fn": collate_in_lists if self._defers else collate,
         }
 
     # -- position in the epoch
@@ -327,7 +315,8 @@ class ZarrDataModule(DataModule):
             return dict(self._loaded)
         sampler = loader.planned
         # Batches trained on, not batches drawn: an exception may have ended a step in between.
-        trained = counts(trainer.fit_loop.epoch_loop.batch_progress).processed
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        trained = batches.processed
         if self._begun != sampler.epoch:
             taken = 0
         elif trained >= len(loader):

@@ -25,5 +25,4 @@ from .verdict import EpochTimes as EpochTimes
 from .verdict import Verdict as Verdict
 from .verdict import judge as judge
 from .worker_transfer import collate as collate
-from .worker_transfer import collate_fn as collate_fn
 from .worker_transfer import collate_in_lists as collate_in_lists

@@ -42,7 +42,6 @@ __all__ = [
     "SentTensor",
     "Structure",
     "collate",
-    "collate_fn",
     "collate_in_lists",
     "empty_tensor",
     "in_pages",
@@ -340,7 +339,7 @@ default_collate_fn_map[SentTensor] = _collate
 default_collate_fn_map[Structure] = _listed
 
 
-def collate_fn(batch: Sequence[Any]) -> Any:
+def collate(batch: Sequence[Any]) -> Any:
     """Collate samples into a batch; if any shapes differ, into lists.
 
     Samples of equal shapes go through ``default_collate``. Otherwise every field of the batch is a
@@ -363,10 +362,6 @@ def collate_fn(batch: Sequence[Any]) -> Any:
 def collate_in_lists(batch: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Collate samples with ``augment_on="device"``: a list for each key, nothing is copied."""
     return {key: [sample[key] for sample in batch] for key in batch[0]}
-
-
-#: The public name of ``collate_fn``, which is named after DataLoader's argument.
-collate = collate_fn
 
 
 def _shapes(sample: Any) -> Any:

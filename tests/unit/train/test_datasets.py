@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, default_collate
 from tests.support.stores import random_density
 from zarrcache import ConfigError, RhoData, SchemaError, ZarrDataset, ZarrS3Reader, collate
 from zarrcache.train.lookahead import _read_by
-from zarrcache.train.worker_transfer import collate_fn
 
 Grid = NDArray[np.float32]
 #: Grid sizes of data and label. The axes of a grid differ, so a wrong rotation shows in the shape.
@@ -476,28 +475,27 @@ class TestCollate:
     def test_samples_of_one_shape_are_stacked(self, reader: ZarrS3Reader) -> None:
         dataset = ZarrDataset(reader)
         batch = [dataset[0], dataset[0]]
-        got, want = collate_fn(batch), default_collate(batch)
+        got, want = collate(batch), default_collate(batch)
         assert got["data"].shape == (2, *dataset[0]["data"].shape)
         assert torch.equal(got["data"], want["data"])
         assert got["index"] == want["index"]
-        assert collate is collate_fn
 
     def test_samples_of_mixed_shapes_are_lists_in_every_field(self, reader: ZarrS3Reader) -> None:
         dataset = ZarrDataset(reader, "all")
-        got = collate_fn([dataset[0], dataset[1]])
+        got = collate([dataset[0], dataset[1]])
         assert list(got) == ["data", "label", "index"]
         assert [tuple(t.shape) for t in got["data"]] == [
             tuple(dataset[i]["data"].shape) for i in (0, 1)
         ]
         assert got["index"] == list(dataset.task_ids[:2])
         pairs = RhoData(*reader.data_split()[0], data_augmentation=False)
-        data, label = collate_fn([pairs[0], pairs[1]])
+        data, label = collate([pairs[0], pairs[1]])
         assert torch.equal(data[1], pairs[1][0])
         assert torch.equal(label[0], pairs[0][1])
 
     def test_equal_data_with_unequal_labels_are_lists(self) -> None:
         x = torch.zeros(1, 2, 2, 2)
-        got = collate_fn(
+        got = collate(
             [
                 {"data": x, "label": x, "index": "a"},
                 {"data": x, "label": torch.zeros(1, 4, 4, 4), "index": "b"},
@@ -508,7 +506,7 @@ class TestCollate:
 
     def test_loader_with_workers_delivers_mixed_batches(self, reader: ZarrS3Reader) -> None:
         dataset = ZarrDataset(reader, "all")
-        batches = list(DataLoader(dataset, batch_size=4, num_workers=2, collate_fn=collate_fn))
+        batches = list(DataLoader(dataset, batch_size=4, num_workers=2, collate_fn=collate))
         assert [task_id for batch in batches for task_id in batch["index"]] == list(
             dataset.task_ids
         )
