@@ -346,6 +346,21 @@ def test_an_unusual_chain_of_codecs_is_read_as_zarr_reads_it(
     assert same_bits(decoded.array, expected)
 
 
+def test_codec_of_a_package_that_is_not_installed_is_no_damage(tmp_path: Path) -> None:
+    """The store need not be converted again."""
+    if "pcodec" in numcodecs.registry.codec_registry:
+        pytest.skip("pcodec is installed")
+    values = np.arange(96, dtype="f4").reshape(4, 4, 6)
+    array = {"shape": values.shape, "chunks": (2, 4, 6), "dtype": "f4", "fill_value": 0}
+    write_chain(tmp_path / "mp-1.zarr", {**array, **v3_codecs()}, values)
+    path = tmp_path / "mp-1.zarr" / "rho" / "zarr.json"
+    document = json.loads(path.read_text())
+    document["codecs"] = [{"name": "numcodecs.pcodec", "configuration": {"level": 8}}]
+    path.write_text(json.dumps(document))
+    with pytest.raises(SchemaError, match="install that package"):
+        read_array(OriginArray(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho"))
+
+
 def test_filtered_numbers_of_the_other_byte_order_are_read_right_or_refused(tmp_path: Path) -> None:
     """Zarr before 3.4 misreads them."""
     array = v3_codecs(endian="big")

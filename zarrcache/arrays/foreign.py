@@ -141,7 +141,9 @@ def _serve(connection: Connection, zarr_format: Literal[2, 3], room: int) -> Non
     except MemoryError:
         connection.send(("memory", ""))
     except Exception as exc:  # noqa: BLE001 the parent raises it
-        connection.send(("damaged", f"{type(exc).__name__}: {exc}"[:500]))
+        # Codecs of numcodecs that need another package are known, and fail when they are used.
+        kind = "unknown" if type(exc).__name__ == "UnknownCodecError" else "damaged"
+        connection.send((kind, f"{type(exc).__name__}: {exc}"[:500]))
 
 
 def _limit_memory(nbytes: int) -> None:
