@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable
 from io import FileIO
@@ -133,15 +134,19 @@ def write_all(file: FileIO, buffer: memoryview) -> None:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file of the user's, completely or not at all, or say why it cannot be written.
 
-    A device or a pipe is written to, not replaced.
+    A device or a pipe is written to, not replaced. A link stays, and a file keeps its permissions.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    target = path.resolve() if os.path.isfile(path) else path
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         if os.path.exists(path) and not path.is_file():
             path.write_bytes(content)
         else:
-            beside.write_bytes(content)
-            beside.replace(path)
+            with beside.open("xb") as file:
+                file.write(content)
+                if os.path.exists(target):
+                    os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
+            beside.replace(target)
     except OSError as exc:
         with contextlib.suppress(OSError):
             beside.unlink()

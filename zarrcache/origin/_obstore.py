@@ -118,17 +118,21 @@ def _threads() -> Executor:
 # tokio; a thread that held it at the fork does not exist in the child, which would wait forever
 # (docs/explanation/decisions/001-fork-and-sqlite.md).
 _engines: WeakValueDictionary[int, ObstoreEngine] = WeakValueDictionary()
-_held: list[list[ObstoreEngine | None]] = []
+_held: list[tuple[list[ObstoreEngine | None], bool]] = []
 
 
 def _before_fork() -> None:
-    gc.freeze()
-    _held.append([reference() for reference in _engines.valuerefs()])
+    # What the program has frozen itself stays frozen in the parent, too.
+    is_ours = "obstore" in sys.modules and not gc.get_freeze_count()
+    if "obstore" in sys.modules:
+        gc.freeze()
+    _held.append(([reference() for reference in _engines.valuerefs()], is_ours))
 
 
 def _after_fork_in_parent() -> None:
-    _held.pop()
-    gc.unfreeze()  # also a gc.freeze() of the program itself
+    _, is_ours = _held.pop()
+    if is_ours:
+        gc.unfreeze()
 
 
 def _after_fork_in_child() -> None:

@@ -143,6 +143,19 @@ def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [pipe]
 
 
+def test_a_link_to_the_users_file_and_its_permissions_stay(tmp_path: Path) -> None:
+    """A map may be shared with a group, and be linked to from several projects."""
+    shared, link = tmp_path / "shared" / "map.json", tmp_path / "map.json"
+    shared.parent.mkdir()
+    shared.write_bytes(b"old")
+    shared.chmod(0o664)
+    link.symlink_to(shared)
+    write_file(link, b"new")
+    assert link.is_symlink()
+    assert (shared.read_bytes(), shared.stat().st_mode & 0o777) == (b"new", 0o664)
+    assert list(shared.parent.iterdir()) == [shared]
+
+
 def test_living_process_is_not_dead() -> None:
     child, owner = owner_of_a_child(keep=True)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import multiprocessing
 import os
 import weakref
@@ -34,6 +35,7 @@ class _Request:
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
+    gc.unfreeze()  # what the suite has frozen
     gc.collect()
     gc.disable()
     yield
@@ -43,7 +45,7 @@ def no_collection() -> Iterator[None]:
 @pytest.mark.usefixtures("no_collection")
 def test_garbage_of_the_parent_is_not_destroyed_in_a_child(tmp_path: Path) -> None:
     """A request of obstore would take a lock that a thread of the parent may have held."""
-    assert _obstore.is_usable()
+    importlib.import_module("obstore")  # without it there is no request to keep
     log = tmp_path / "destroyed in"
     _Request(log)
     child = FORK.Process(target=gc.collect)
@@ -52,6 +54,20 @@ def test_garbage_of_the_parent_is_not_destroyed_in_a_child(tmp_path: Path) -> No
     assert (child.exitcode, log.exists()) == (0, False)
     gc.collect()
     assert log.read_text() == str(os.getpid())
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_what_the_program_has_frozen_stays_frozen() -> None:
+    """A program freezes what it has imported so that its children do not copy that."""
+    for is_frozen in (True, False):
+        if is_frozen:
+            gc.freeze()
+        else:
+            gc.unfreeze()
+        child = FORK.Process(target=int)
+        child.start()
+        child.join(60)
+        assert (gc.get_freeze_count() > 0) is is_frozen
 
 
 def test_a_client_of_the_parent_is_not_destroyed_in_a_child(tmp_path: Path) -> None:
