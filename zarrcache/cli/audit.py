@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from zarrcache._units import counted, format_bytes
 from zarrcache.cli.app import command, say, say_refusal, show, show_json, show_some
 from zarrcache.cli.options import (
@@ -18,6 +16,7 @@ from zarrcache.cli.options import (
     check_output,
     data_config,
     read_ids,
+    string,
 )
 
 __all__ = ["audit"]
@@ -31,10 +30,7 @@ def audit(
     ids: Ids = None,
     html: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="write a page with pictures of the worst 20 pairs; extra plot",
-        ),
+        string("FILE", "write a page with pictures of the worst 20 pairs; extra plot"),
     ] = None,
     as_json: Json = False,
 ) -> int:

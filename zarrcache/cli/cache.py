@@ -24,6 +24,7 @@ from zarrcache.cli.options import (
     nbytes,
     read_ids,
     seconds,
+    string,
 )
 from zarrcache.errors import ConfigError
 
@@ -170,9 +171,7 @@ def ls(
     config: OptionalConfig = None,
     directory: Directory = None,
     ids: Ids = None,
-    match: Annotated[
-        str, typer.Option(metavar="GLOB", help="only ids that match, e.g. 'mp-12*'")
-    ] = "*",
+    match: Annotated[str, string("GLOB", "only ids that match, e.g. 'mp-12*'")] = "*",
     sort: Annotated[
         Literal["id", "role", "shape", "bytes", "units", "encoding", "stored"],
         typer.Option(help="column to sort by"),

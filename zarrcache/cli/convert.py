@@ -26,6 +26,7 @@ from zarrcache.cli.options import (
     number,
     open_engine,
     s3_options,
+    string,
     whole,
 )
 from zarrcache.errors import ConfigError
@@ -60,25 +61,24 @@ def convert(
     ],
     pattern: Annotated[
         str | None,
-        typer.Option(
-            metavar="GLOB",
-            help="files below SRC, e.g. '**/CHGCAR' [default: every file named like a density]",
+        string(
+            "GLOB", "files below SRC, e.g. '**/CHGCAR' [default: every file named like a density]"
         ),
     ] = None,
     id_from: Annotated[
         str,
-        typer.Option(
-            metavar="RULE",
-            help="what names a material: name (of the file), directory, path (below SRC, joined "
+        string(
+            "RULE",
+            "what names a material: name (of the file), directory, path (below SRC, joined "
             "with _), a regular expression such as '(mp-\\d+)' for that path, or auto: the file's "
             "name; for VASP's own names the nearest directory that is not a step such as relax",
         ),
     ] = "auto",
     prefer: Annotated[
         str | None,
-        typer.Option(
-            metavar="GLOB",
-            help="of several files of one material, convert the one that matches, e.g. "
+        string(
+            "GLOB",
+            "of several files of one material, convert the one that matches, e.g. "
             "'**/CHGCAR.3static' [default: such files are an error]",
         ),
     ] = None,
@@ -88,9 +88,7 @@ def convert(
     ] = None,
     chunks: Annotated[
         str,
-        typer.Option(
-            metavar="N[,N,N]", help="grid points per chunk along each axis, at most the grid's"
-        ),
+        string("N[,N,N]", "grid points per chunk along each axis, at most the grid's"),
     ] = "64",
     as_zip: Annotated[
         bool,

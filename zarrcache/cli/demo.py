@@ -10,7 +10,7 @@ import typer
 
 from zarrcache._units import format_bytes
 from zarrcache.cli.app import command, say, show, show_json, show_table
-from zarrcache.cli.options import Json, number
+from zarrcache.cli.options import Json, number, string
 
 if TYPE_CHECKING:
     from zarrcache.demo import DemoReport
@@ -22,10 +22,7 @@ __all__ = ["demo"]
 def demo(
     source: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="directory with CHGCAR or json.gz pairs [default: synthetic densities]",
-        ),
+        string("DIR", "directory with CHGCAR or json.gz pairs [default: synthetic densities]"),
     ] = None,
     samples: Annotated[int, number(2, "maximum number of pairs")] = 8,
     keep: Annotated[

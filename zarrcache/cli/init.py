@@ -9,19 +9,15 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from zarrcache.cli.app import command, say, show
-from zarrcache.cli.options import check_output, output_file
+from zarrcache.cli.options import check_output, output_file, string
 from zarrcache.errors import ConfigError
 
 __all__ = ["init", "schema"]
-
-
-def _answer(help: str) -> Any:
-    return typer.Option(metavar="TEXT", help=help)
 
 
 @command(resumable=False)
@@ -30,16 +26,18 @@ def init(
         "zarrcache.yaml"
     ),
     data_dir: Annotated[
-        str | None, _answer("where the input densities are: s3://... or a directory")
+        str | None, string("TEXT", "where the input densities are: s3://... or a directory")
     ] = None,
-    label_dir: Annotated[str | None, _answer("where the label densities are")] = None,
-    map_dir: Annotated[str | None, _answer("map file of functionals and ids")] = None,
-    functional: Annotated[str | None, _answer("functional to train on, for example GGA")] = None,
+    label_dir: Annotated[str | None, string("TEXT", "where the label densities are")] = None,
+    map_dir: Annotated[str | None, string("TEXT", "map file of functionals and ids")] = None,
+    functional: Annotated[
+        str | None, string("TEXT", "functional to train on, for example GGA")
+    ] = None,
     cache_dir: Annotated[
-        str | None, _answer("directory of the cache, on this node's own disk")
+        str | None, string("TEXT", "directory of the cache, on this node's own disk")
     ] = None,
     limit: Annotated[
-        str | None, _answer("bytes that the cache may use, for example '200 GiB'")
+        str | None, string("TEXT", "bytes that the cache may use, for example '200 GiB'")
     ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="ask nothing; what is not given keeps its default")

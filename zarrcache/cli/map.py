@@ -19,6 +19,7 @@ from zarrcache.cli.options import (
     S3Kwargs,
     output_file,
     s3_options,
+    string,
 )
 
 __all__ = ["map"]
@@ -39,16 +40,15 @@ def map(
     ),
     functional: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="name of the ids in the map, `functional` of a training config [default: GGA]",
+        string(
+            "NAME", "name of the ids in the map, `functional` of a training config [default: GGA]"
         ),
     ] = None,
     source: Annotated[
         str,
-        typer.Option(
-            metavar="KINDS",
-            help="kinds of sources, comma-separated: zarr, zarr.zip, json.gz, CHGCAR, "
+        string(
+            "KINDS",
+            "kinds of sources, comma-separated: zarr, zarr.zip, json.gz, CHGCAR, "
             "directory, or auto for all",
         ),
     ] = "auto",

@@ -49,6 +49,7 @@ __all__ = [
     "read_ids",
     "s3_options",
     "seconds",
+    "string",
     "whole",
 ]
 
@@ -84,6 +85,11 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def string(metavar: str, help: str) -> Any:
+    """An option for text."""
+    return typer.Option(metavar=metavar, help=help)
 
 
 def number(least: int, help: str, most: int | None = None) -> Any:
@@ -137,9 +143,7 @@ EndpointUrl = Annotated[
         help="S3 endpoint [default: Amazon S3]",
     ),
 ]
-Profile = Annotated[
-    str | None, typer.Option(metavar="NAME", help="profile of ~/.aws/config to use")
-]
+Profile = Annotated[str | None, text("NAME", "profile of ~/.aws/config to use")]
 Anonymous = Annotated[
     bool, typer.Option("--anon", help="access S3 without credentials, for public buckets")
 ]

@@ -9,7 +9,7 @@ import typer
 
 from zarrcache._keys import ROLES, arrays_of, density_name, is_density, units_of
 from zarrcache.cli.app import command, say, show
-from zarrcache.cli.options import Config, check_output, data_config, output_file
+from zarrcache.cli.options import Config, check_output, data_config, output_file, string
 from zarrcache.errors import ConfigError
 
 __all__ = ["plot"]
@@ -44,9 +44,7 @@ def plot(
     ] = None,
     at: Annotated[
         str,
-        typer.Option(
-            metavar="X,Y,Z", help="where the axes are cut, as shares of their lengths, 0 to 1"
-        ),
+        string("X,Y,Z", "where the axes are cut, as shares of their lengths, 0 to 1"),
     ] = "0.5,0.5,0.5",
 ) -> int:
     """Draw three planes of a pair: input, label, difference; of several channels the first.

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from zarrcache.cli.app import command, say, show, show_json
-from zarrcache.cli.options import Config, Json, data_config, number
+from zarrcache.cli.options import Config, Json, data_config, number, string
 
 __all__ = ["serve"]
 
@@ -19,17 +19,16 @@ def serve(
     config: Config,
     host: Annotated[
         str,
-        typer.Option(
-            metavar="HOST",
-            help="name or address of this node to listen on; other than loopback needs a token",
+        string(
+            "HOST", "name or address of this node to listen on; other than loopback needs a token"
         ),
     ] = "127.0.0.1",
     port: Annotated[int, number(0, "TCP port; 0 chooses a free one", most=65535)] = 7070,
     token_file: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="file (mode 0600) with the token that clients present [default: CONFIG's "
+        string(
+            "FILE",
+            "file (mode 0600) with the token that clients present [default: CONFIG's "
             "cache.peer_token_file]",
         ),
     ] = None,

@@ -12,7 +12,14 @@ import typer
 
 from zarrcache._units import counted, format_bytes
 from zarrcache.cli.app import command, show, show_json
-from zarrcache.cli.options import Directory, Json, OptionalConfig, cache_source, check_output
+from zarrcache.cli.options import (
+    Directory,
+    Json,
+    OptionalConfig,
+    cache_source,
+    check_output,
+    string,
+)
 from zarrcache.errors import ConfigError
 from zarrcache.parallel import Terminated
 
@@ -33,10 +40,7 @@ def top(
     ] = 1.0,
     metrics_file: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.prom",
-            help="keep this file up to date instead, for node_exporter; extra metrics",
-        ),
+        string("FILE.prom", "keep this file up to date instead, for node_exporter; extra metrics"),
     ] = None,
     as_json: Json = False,
 ) -> int:
