@@ -143,7 +143,7 @@ EndpointUrl = Annotated[
         help="S3 endpoint [default: Amazon S3]",
     ),
 ]
-Profile = Annotated[str | None, text("NAME", "profile of ~/.aws/config to use")]
+Profile = Annotated[str | None, string("NAME", "profile of ~/.aws/config to use")]
 Anonymous = Annotated[
     bool, typer.Option("--anon", help="access S3 without credentials, for public buckets")
 ]
