@@ -7,6 +7,7 @@ from .convert import convert_directory as convert_directory
 from .data import Read as Read
 from .data import ReadObserver as ReadObserver
 from .data import ZarrS3Reader as ZarrS3Reader
+from .data import open_reader as open_reader
 from .errors import ConfigError as ConfigError
 from .errors import CorruptEntryError as CorruptEntryError
 from .errors import IncompleteArrayError as IncompleteArrayError

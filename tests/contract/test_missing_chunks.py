@@ -125,6 +125,22 @@ def test_absent_chunk_is_an_error_or_the_fill_value(
         assert caplog.text.count(f"{len(keys[:n_lost])} of its chunks are absent") == 1, outcome
 
 
+def test_of_many_densities_with_absent_chunks_one_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With ``fill`` they are expected: spin densities, for example. The others are only counted."""
+    for role in ("data", "label"):
+        for number in range(5):
+            store = tmp_path / role / f"mp-{number}.zarr"
+            small_group(store, seed=number, chunks=(4, 4, 4))
+            lose(store, chunks_of(store)[:1])
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": [f"mp-{n}" for n in range(5)]}))
+    reader = make_reader(tmp_path, cache={"missing_chunks": "fill"})
+    for number in range(5):
+        reader.load(f"mp-{number}", "data")
+    assert caplog.text.count("of its chunks are absent") == 1
+
+
 def test_sparse_array_is_read_as_zarr_reads_it(tmp_path: Path) -> None:
     """Zarr writes no object for chunks of zeros."""
     values = np.zeros((8, 5, 6), np.float32)

@@ -389,7 +389,18 @@ class ReadThrough:
                 "that the origin did not have. Convert the store again and run `zarrcache warm "
                 "--revalidate`, or set cache.missing_chunks: fill."
             )
-        self._log_once.warning(key.digest, logger, "%s %s: %s", key.url, self._array, flaws)
+        if flaws.nonfinite:
+            self._log_once.warning(key.digest, logger, "%s %s: %s", key.url, self._array, flaws)
+        else:  # the settings allow it, and every spin density may have them
+            self._log_once.warning(
+                "missing_chunks",
+                logger,
+                "%s %s: %s. Others like it are not named; `zarrcache warm` and `zarrcache verify` "
+                "count them.",
+                key.url,
+                self._array,
+                flaws,
+            )
         if on_flaws is not None:
             on_flaws(flaws)
 
