@@ -85,6 +85,8 @@ class ByteCache(Tier):
         """
         stop = obj.size_bytes if stop is None else min(stop, obj.size_bytes)
         start = min(start, stop)
+        if start == stop and obj.size_bytes:
+            return b""
         block_size = self._config.bytes.block_size
         whole = self._key(obj)
         if (

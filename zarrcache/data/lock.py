@@ -23,7 +23,7 @@ from zarrcache.data.splits import Split
 from zarrcache.disk import crc32c, write_file
 from zarrcache.errors import ConfigError, IncompleteArrayError
 
-__all__ = ["DataLock", "LockFile", "LockedDensity", "crc_of", "differences", "digest_of"]
+__all__ = ["DataLock", "DataLockFile", "LockedDensity", "crc_of", "differences", "digest_of"]
 
 _FORMAT = 1
 _SPLIT_FILE = "split_file"
@@ -147,7 +147,7 @@ class DataLock:
             ) from exc
 
 
-class LockFile:
+class DataLockFile:
     """Compares what a training reads with a lock file, which is read at its first use in a process.
 
     Parameters
@@ -158,8 +158,8 @@ class LockFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self) -> tuple[type[LockFile], tuple[Path]]:
-        return LockFile, (self.path,)  # a worker process reads it instead of unpickling it
+    def __reduce__(self) -> tuple[type[DataLockFile], tuple[Path]]:
+        return DataLockFile, (self.path,)  # a worker process reads it instead of unpickling it
 
     @cached_property
     def lock(self) -> DataLock:

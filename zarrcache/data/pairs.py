@@ -32,7 +32,7 @@ from zarrcache._keys import (
 from zarrcache._units import counted, one_of
 from zarrcache.arrays import kinds_of
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data.lock import LockFile
+from zarrcache.data.lock import DataLockFile
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import (
     Split,
@@ -124,7 +124,7 @@ class PairReader(ABC):
         self._complete: dict[tuple[Path, str], Complete] = {}
         self._mapped: dict[tuple[Path, str], list[str]] = {}
         config = None if cache is None else CacheConfig.of(cache)
-        self._lock = None if config is None or config.lock is None else LockFile(config.lock)
+        self._lock = None if config is None or config.lock is None else DataLockFile(config.lock)
         self._prepare(config)
 
     @staticmethod

@@ -139,6 +139,14 @@ def test_range_of_a_large_object_fetches_its_blocks_once(tmp_path: Path) -> None
     assert origin.requests["a whole"] == 1
 
 
+@pytest.mark.parametrize("size", [100, 3 * BLOCK])
+def test_an_empty_range_makes_no_request(tmp_path: Path, size: int) -> None:
+    origin, listed = origin_with(tmp_path, a=size)
+    cache = make(tmp_path, origin)
+    assert [cache.read(listed["a"], at, at) for at in (0, 5, 10**6)] == [b"", b"", b""]
+    assert origin.requests == {}
+
+
 def test_other_block_size_never_mixes_blocks(tmp_path: Path) -> None:
     """A user changes ``block_size`` between two runs over one directory."""
     origin, objects = origin_with(tmp_path, a=8 * BLOCK)
