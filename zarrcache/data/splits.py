@@ -28,10 +28,10 @@ __all__ = [
     "is_file_list",
     "listed_ids",
     "mapped_ids",
-    "permuted_split",
     "read_file_list",
     "read_map",
     "read_split",
+    "share_of",
     "split_ids",
     "training_count",
 ]
@@ -316,7 +316,7 @@ def hold_out(
     ConfigError
         ``val_frac`` is not a share, or leaves nothing to train on.
     """
-    share = _share(val_frac)
+    share = share_of(val_frac)
     count = math.ceil(round(share * len(train), 6))  # 0.07 * 100 is a little more than 7
     if not count:
         return Split(tuple(train), (), tuple(test))
@@ -329,8 +329,14 @@ def hold_out(
     return Split(tuple(kept), tuple(held), tuple(test))
 
 
-def _share(val_frac: Any) -> float:
-    """``val_frac`` as a number."""
+def share_of(val_frac: Any) -> float:
+    """``val_frac`` as a number.
+
+    Raises
+    ------
+    ConfigError
+        It is not a number in [0, 1).
+    """
     is_number = isinstance(val_frac, numbers.Real) and not isinstance(val_frac, bool)
     if not is_number or not 0 <= float(val_frac) < 1:
         raise ConfigError(
@@ -441,46 +447,3 @@ def _member(
         f"{name}: {key} holds {safe_repr(entry)}. It has to hold task ids, or whole numbers from "
         f"0 to {len(mapped) - 1}: positions in {where}, which lists {len(mapped)}."
     )
-
-
-def permuted_split(ids: Sequence[str], val_frac: float, random_seed: int) -> Split:
-    """Split as electrai's ``RhoRead`` does: the first ``int(n * val_frac)`` of a permutation.
-
-    The permutation is that of ``torch.randperm`` with a generator of this seed, without torch,
-    which most commands do not import: tests/unit/data/test_splits.py compares the two.
-
-    Parameters
-    ----------
-    ids : sequence of str
-    val_frac : float
-        Rounded down: 0.005 of 199 ids is no validation.
-    random_seed : int
-
-    Raises
-    ------
-    ConfigError
-        ``val_frac`` is not a share.
-    """
-    held = int(len(ids) * _share(val_frac))
-    order = [ids[place] for place in _torch_permutation(len(ids), random_seed)]
-    return Split(tuple(order[held:]), tuple(order[:held]))
-
-
-def _torch_permutation(count: int, seed: int) -> list[int]:
-    """``torch.randperm(count, generator=torch.Generator().manual_seed(seed))``.
-
-    torch's CPU generator is the Mersenne Twister, initialized from the low 32 bits of the seed as
-    numpy's ``RandomState`` is; ``randperm`` swaps each place with one of those after it, which a
-    32-bit output modulo their number selects.
-    """
-    from numpy.random import MT19937, RandomState
-
-    twister = MT19937()
-    # numpy has two types for one dictionary
-    state: Any = RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
-    twister.state = state
-    order = list(range(count))
-    for place, drawn in enumerate(map(int, twister.random_raw(max(count - 1, 0)))):
-        other = place + drawn % (count - place)
-        order[place], order[other] = order[other], order[place]
-    return order

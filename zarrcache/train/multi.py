@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
+import torch
 from torch.utils.data import ConcatDataset
 
 from zarrcache._keys import cached_property
 from zarrcache._units import whole_number
 from zarrcache.config import DataConfig, LoaderConfig, datasets_of_configs, naming
-from zarrcache.data import Split, ZarrS3Reader, hold_out, open_reader, permuted_split
+from zarrcache.data import Split, ZarrS3Reader, hold_out, open_reader, share_of
 from zarrcache.errors import ConfigError
 from zarrcache.train.datasets import ZarrDataset
 
@@ -173,6 +174,27 @@ class Sources:
         if key is not None:
             return CombinedDataset(parts, key=key, numbers=[int(name) for name in parts])
         return CombinedDataset(parts) if len(parts) > 1 else next(iter(parts.values()))
+
+
+def permuted_split(ids: Sequence[str], val_frac: float, random_seed: int) -> Split:
+    """Split as electrai's ``RhoRead`` does: the first ``int(n * val_frac)`` of a permutation.
+
+    Parameters
+    ----------
+    ids : sequence of str
+    val_frac : float
+        Rounded down: 0.005 of 199 ids is no validation.
+    random_seed : int
+
+    Raises
+    ------
+    ConfigError
+        ``val_frac`` is not a share.
+    """
+    held = int(len(ids) * share_of(val_frac))
+    generator = torch.Generator().manual_seed(random_seed)
+    order = [ids[place] for place in torch.randperm(len(ids), generator=generator).tolist()]
+    return Split(tuple(order[held:]), tuple(order[:held]))
 
 
 class CombinedDataset(ConcatDataset[Any]):

@@ -17,7 +17,6 @@ from zarrcache.data.splits import (
     Split,
     hold_out,
     mapped_ids,
-    permuted_split,
     read_file_list,
     read_map,
     read_split,
@@ -319,29 +318,6 @@ def test_a_split_file_that_cannot_be_meant_is_refused_with_what_is_wrong(
     """A sample in two parts would flatter the result."""
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, content)
-
-
-@pytest.mark.parametrize("count", [1, 2, 5, 700])
-@pytest.mark.parametrize("seed", [0, 42, 2**32 - 1, 2**32 + 7, 2**63, -1])
-def test_a_permuted_split_is_that_of_torch(count: int, seed: int) -> None:
-    """Validation is the first ``int(n * val_frac)`` of ``randperm``, rounded down, train the
-    rest.
-    """
-    torch = pytest.importorskip("torch", reason="needs the extra 'train'")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    ids = [f"mp-{number}" for number in range(count)]
-    for val_frac in (0, 0.005, 0.29, 0.5):
-        held = int(count * val_frac)
-        assert permuted_split(ids, val_frac, seed) == Split(
-            tuple(ids[place] for place in order[held:]),
-            tuple(ids[place] for place in order[:held]),
-        )
-
-
-@pytest.mark.parametrize("val_frac", [-0.1, 1.0, 1.5, math.nan, math.inf, "0.1", None, True])
-def test_a_permuted_split_refuses_what_is_no_share(val_frac: Any) -> None:
-    with pytest.raises(ConfigError, match=r"^val_frac is .*from 0 to below 1"):
-        permuted_split(["mp-1", "mp-2"], val_frac, 42)
 
 
 @pytest.mark.parametrize("text", ["mp-2\nmp-1\n", "mp-2\r\nmp-1", "\ufeffmp-2 \n mp-1\n\n \n"])
