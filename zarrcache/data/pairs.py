@@ -408,7 +408,7 @@ class PairReader(ABC):
         if not decided:
             return split
         parts = split.train, split.validation, split.test
-        kept = frozenset(self._decide([id_ for part in parts for id_ in part]).ids)
+        kept = frozenset(self.decide([id_ for part in parts for id_ in part]).ids)
         return Split(*(tuple(id_ for id_ in part if id_ in kept) for part in parts))
 
     def data_split(self) -> tuple[SplitSets, SplitSets]:
@@ -485,19 +485,21 @@ class PairReader(ABC):
         """
         key = self.map_dir, self.functional
         if key not in self._complete:
-            complete = self._decide(self._present().ids)
+            complete = self.decide(self._present().ids)
             if self._lock is not None and self._drops:
                 self._lock.check(self.lock_settings, complete.ids)
             self._complete[key] = complete
         return self._complete[key]
 
-    def _decide(self, task_ids: Sequence[str]) -> Complete:
-        """Which materials can be trained on. Here all: a file shows its channels when it is read.
+    def decide(self, task_ids: Sequence[str]) -> Complete:
+        """Which materials can be trained on, as ``missing`` says of those that lack a channel.
+
+        Here all: a file shows its channels when it is read.
 
         Raises
         ------
         ConfigError
-            Some lack a channel, and ``missing`` is ``error``.
+            Some lack a channel, and they are neither to be filled nor dropped.
         """
         return Complete(tuple(task_ids), ())
 

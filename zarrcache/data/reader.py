@@ -260,14 +260,9 @@ class ZarrS3Reader(StoreReader):
             return False
         return self.absences.lacks(task_id, Channel(role, array))
 
-    def _decide(self, task_ids: Sequence[str]) -> Complete:
-        return self.absences.decide(task_ids) if self._has_optional else super()._decide(task_ids)
-
-    def with_channels(self, task_ids: Sequence[str]) -> list[str]:
-        """Those of ``task_ids`` that can be trained on: ``missing`` decides about those that lack a
-        channel, as in the split. Raises as `Absences.decide`.
-        """
-        return list(self._decide(task_ids).ids)
+    def decide(self, task_ids: Sequence[str]) -> Complete:
+        """As in the base class, with the channels that are known or found out before the reads."""
+        return self.absences.decide(task_ids)
 
     @property
     def trusts_entries(self) -> bool:

@@ -140,7 +140,7 @@ def audit(
         lacking = reader.absences.find(task_ids, skip_unreadable=True)
         if reader.if_missing == "drop":
             kept = [task_id for task_id in task_ids if task_id not in lacking]
-            task_ids = kept or reader.with_channels(task_ids)  # which raises: all lack one
+            task_ids = kept or [*reader.decide(task_ids).ids]  # which raises: all lack one
     findings: list[Finding] = []
     by_values: dict[tuple[Channel, tuple[object, ...]], list[str]] = defaultdict(list)
     nbytes = 0

@@ -44,7 +44,7 @@ def make_lock(
     if config.cache is not None:
         config = config.model_copy(update={"cache": config.cache.model_copy(update={"lock": None})})
     reader = open_reader(config)
-    ids = reader.with_channels(all_pairs(reader))
+    ids = reader.decide(all_pairs(reader)).ids
     settings = reader.lock_settings
     if reader.split_file is not None:
         settings["split_file"] = digest_of(reader.split_of_file(reader.split_file))

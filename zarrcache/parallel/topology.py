@@ -140,10 +140,10 @@ class World:
         if "RANK" in environ and "WORLD_SIZE" in environ:
             found = cls._of_torchrun(environ)
         elif (
-            "SLURM_STEP_ID" in environ
-            and "SLURM_PROCID" in environ
-            and "SLURM_NTASKS" in environ
-            and not _is_shell(environ)
+            {"SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS"} <= environ.keys()
+            # In `srun --pty bash`, a training script is one process although Slurm's variables
+            # describe the whole step.
+            and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
         ):
             found = cls._of_slurm(environ)
         else:
@@ -191,12 +191,6 @@ class World:
                 "a World to NodeSampler."
             )
         return world
-
-
-def _is_shell(environ: Mapping[str, str]) -> bool:
-    # In `srun --pty bash`, a training script is one process although Slurm's variables describe
-    # the whole step.
-    return environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

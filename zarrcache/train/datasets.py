@@ -357,8 +357,8 @@ class ZarrDataset(PairDataset, Dataset[Sample]):
         self._structure_of = structure_of
         if isinstance(split, str):
             split = _ids_of(reader, split)
-        elif decide := getattr(reader, "with_channels", None):
-            split = decide(split)
+        elif decide := getattr(reader, "decide", None):
+            split = decide(split).ids
         self.task_ids: tuple[str, ...] = tuple(split)
         if self._selection is not None:
             self._check_cached(self._selection)

@@ -270,11 +270,8 @@ class Recorder:
 
     def _judge(self, times: EpochTimes) -> Verdict:
         config = self.config
-        if config is None:
-            return judge(times, workers=self._workers)
-        return judge(
-            times, workers=self._workers, verify=config.verify, revalidate=config.revalidate
-        )
+        settings = {} if config is None else config.model_dump(include={"verify", "revalidate"})
+        return judge(times, workers=self._workers, **settings)
 
     def _stats(self) -> Stats:
         total = Stats()

@@ -166,7 +166,9 @@ class PairToTensors:
     def _draw(self, index: int) -> tuple[Rotation, tuple[int, ...]]:
         """The rotation of the next sample, and the key that it was drawn with."""
         if self.rng == "torch":
-            return _rotation_of_torch(), ()
+            # In the order of electrai's loader.
+            axis = int(torch.randint(0, 3, ()))
+            return rotation_of(axis, float(torch.rand(()))), ()
         key = (*self._stream(), self.drawn, index)
         self.drawn += 1
         return draw_rotation(*key), key
@@ -311,12 +313,6 @@ class PairToTensors:
         cast, pages = empty_tensor(tensor.shape, self.dtype)
         self._precision.check(tensor, cast.copy_(tensor), field, name)
         return cast, pages
-
-
-def _rotation_of_torch() -> Rotation:
-    """The rotation that electrai's loader draws next from torch's global generator."""
-    axis = int(torch.randint(0, 3, ()))
-    return rotation_of(axis, float(torch.rand(())))
 
 
 def kind_name(result: Any) -> str:
