@@ -300,7 +300,7 @@ def _density_names(value: object) -> tuple[str, ...]:
             )
         near = difflib.get_close_matches(name.lower(), _DENSITIES[:2], n=1, cutoff=0.8)
         if near and name not in _DENSITIES:
-            raise ValueError(f"{safe_repr(name)} looks like {near[0]!r} misspelt; write that")
+            raise ValueError(f"{safe_repr(name)} looks like a misspelt {near[0]!r}; correct it")
         names.append(name)
     if len({*map(density_array, names)}) < len(names):
         raise ValueError(f"{safe_repr(names)} names an array twice; name each once")

@@ -53,7 +53,7 @@ def test_evict_prints_its_plan_needs_confirmation_and_drops(config: Path, tmp_pa
     (tmp_path / "ids.txt").write_text("mp-9999\n")
     typo = zarrcache("evict", config, "--ids", tmp_path / "ids.txt", "--yes")
     assert (typo.code, typo.out) == (0, "Nothing to evict.\n")
-    assert typo.err == "nothing is cached of 1 id: mp-9999\n"
+    assert typo.err == "not cached: 1 id: mp-9999\n"
     done = zarrcache("evict", config, "--yes", "--json")
     assert done.document == {
         "directory": f"{tmp_path}/cache",

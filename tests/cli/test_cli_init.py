@@ -142,5 +142,5 @@ def test_output_on_a_full_disk_is_an_error_in_words() -> None:
         )
     assert (done.returncode, done.stderr) == (
         1,
-        "error: No space left on device. --verbose shows the call that met it.\n",
+        "error: No space left on device. --verbose shows the traceback.\n",
     )

@@ -215,7 +215,7 @@ def without_digests(path: Path) -> None:
     ("damage", "message"),
     [
         (no_json, "is not whole JSON"),
-        (another_file, "is no lock of zarrcache"),
+        (another_file, "is not a lock file"),
         (a_later_format, "has format 9; this version reads 1"),
         (without_digests, "lacks 'sha256'"),
         (Path.unlink, "cannot be read (No such file or directory)"),

@@ -95,7 +95,7 @@ def test_an_error_about_s3_kwargs_names_the_option(tmp_path: Path) -> None:
     done = zarrcache("map", "s3://no-bucket/in", "-o", tmp_path / "map.json")
     assert (done.code, done.out) == (1, "")
     assert "no credentials were found. Set key and secret or profile in s3_kwargs" in done.err
-    assert done.err.endswith("Here, --s3-kwargs gives them, or --config CONFIG.\n")
+    assert done.err.endswith("Pass s3_kwargs with --s3-kwargs or --config CONFIG.\n")
 
 
 def test_a_kind_of_source_can_be_chosen(tmp_path: Path) -> None:

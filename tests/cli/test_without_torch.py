@@ -103,6 +103,6 @@ def test_a_library_that_is_missing_is_an_error_in_words(
     done = python(tmp_path, "-m", "zarrcache", *arguments, absent=("crc32c",))
     assert done.returncode == 1
     assert done.stderr == (
-        "error: No module named 'crc32c'. --verbose shows the call that met it. Install what is "
+        "error: No module named 'crc32c'. --verbose shows the traceback. Install what is "
         "missing: pip install zarrcache\n"
     )

@@ -309,7 +309,7 @@ def test_directory_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HOME", "/home/me")
     assert CacheConfig(dir="zc/../zc").dir == tmp_path / "zc"
     assert CacheConfig(dir="~/zc").dir == Path("/home/me/zc")
-    with pytest.raises(ConfigError, match=r"cache\.dir: '~nosuchuser/zc' begins with ~ and names"):
+    with pytest.raises(ConfigError, match=r"cache\.dir: '~nosuchuser/zc' begins with ~, but this"):
         CacheConfig(dir="~nosuchuser/zc")
 
 
@@ -425,8 +425,12 @@ NOT_AN_ARRAY = (
         ("train_fraction", True, "train_fraction: True is not a share"),
         ("train_fraction", float("nan"), "train_fraction: nan is not a share"),
         ("train_fraction", [0.8, 0.2], "train_fraction: [0.8, 0.2] is not a share"),
-        ("density_type", "Total", "density_type: 'Total' looks like 'total' misspelt; write that."),
-        ("density_type", ["total", "dif"], "density_type: 'dif' looks like 'diff' misspelt;"),
+        (
+            "density_type",
+            "Total",
+            "density_type: 'Total' looks like a misspelt 'total'; correct it.",
+        ),
+        ("density_type", ["total", "dif"], "density_type: 'dif' looks like a misspelt 'diff';"),
         ("density_type", 1, f"density_type: 1 {NOT_AN_ARRAY}."),
         ("density_type", "../x", f"density_type: '../x' {NOT_AN_ARRAY}."),
         ("density_type", "spin density", f"density_type: 'spin density' {NOT_AN_ARRAY}."),

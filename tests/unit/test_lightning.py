@@ -536,5 +536,5 @@ def test_a_transform_that_does_not_fit_stops_before_the_training(config: str) ->
     data.readers["0"].ensure(data.splits["0"].train[0], "label")
     with pytest.raises(ConfigError, match="window of 50 x 50 x 50 does not fit"):
         data.train_dataloader()
-    with pytest.raises(ConfigError, match="does not go with rotations"):
+    with pytest.raises(ConfigError, match="cannot be combined with rotations"):
         module(config, transform=Probes(5), augmentation=True).train_dataloader()

@@ -175,8 +175,8 @@ def check_attributes_size(nbytes: int, key: str, store_url: str) -> None:
     """
     if nbytes > MAX_DOCUMENT_BYTES:
         raise SchemaError(
-            f"{store_url}/{key} has {nbytes} bytes. Attributes of up to {MAX_DOCUMENT_BYTES} bytes "
-            f"are read, which say the units of the density. {_REPAIR}"
+            f"{store_url}/{key} has {nbytes} bytes; attributes, which state the units of the "
+            f"density, may have {MAX_DOCUMENT_BYTES} bytes. {_REPAIR}"
         )
 
 

@@ -57,7 +57,7 @@ _QUIET = Annotated[
     typer.Option(
         "--quiet",
         "-q",
-        help="print results, errors and what failed; no progress, warnings or hints",
+        help="print only results, errors and failures; no progress, warnings or hints",
     ),
 ]
 _VERBOSE = Annotated[
@@ -96,7 +96,7 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
                     traceback.print_exc()
                 text, code = _in_words(exc)
                 if kwargs.get("s3_kwargs", "") is None and " in s3_kwargs" in text:
-                    text += " Here, --s3-kwargs gives them, or --config CONFIG."
+                    text += " Pass s3_kwargs with --s3-kwargs or --config CONFIG."
                 say(f"error: {text}", always=True)
             except KeyboardInterrupt as exc:
                 word = "Terminated" if isinstance(exc, Terminated) else "Interrupted"
@@ -127,7 +127,7 @@ def _in_words(exc: Exception) -> tuple[str, int]:
     if isinstance(exc, UnicodeEncodeError):  # of a path; Python's own choice is UTF-8
         text = f"{exc.object!r} cannot be written in {exc.encoding}, the encoding of this locale."
         return f"{text} Run the command with PYTHONUTF8=1.", 2
-    where = "--verbose shows the call that met it."
+    where = "--verbose shows the traceback."
     if isinstance(exc, OSError):
         file = f"{exc.filename}: " if exc.filename else ""
         return f"{file}{exc.strerror or exc}. {where}", 1

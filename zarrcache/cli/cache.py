@@ -83,7 +83,7 @@ def evict(
         everything=everything,
     )
     if plan.absent:
-        say(f"nothing is cached of {counted(len(plan.absent), 'id')}: {first_ids(plan.absent)}")
+        say(f"not cached: {counted(len(plan.absent), 'id')}: {first_ids(plan.absent)}")
     entries = counted(len(plan.entries), "entry", "entries")
     of = "every config" if everything else config
     what = (
@@ -107,7 +107,7 @@ def evict(
                 return 1
         with Meter("Evicting", "entries", len(plan.entries)) as meter:
             freed = plan.execute(meter.reach)
-        kept = " Those that were stored again meanwhile are kept." * (freed < plan.disk_bytes)
+        kept = " Entries that were stored again meanwhile are kept." * (freed < plan.disk_bytes)
         text = f"Evicted {entries}, freed {format_bytes(freed)} in {plan.directory}.{kept}"
     if as_json:
         show_json(
@@ -223,8 +223,8 @@ def verify(
         bool,
         typer.Option(
             "--against-origin",
-            help="also drop entries that differ from the origin's version, and name stores that "
-            "are gone there, lack chunks, or state another number of electrons; sends one LIST and "
+            help="also drop entries that differ from the origin's version, and list stores that "
+            "are gone, lack chunks, or state another number of electrons; sends one LIST and "
             "two GETs of metadata per entry (one GET of the file for .zarr.zip)",
         ),
     ] = False,

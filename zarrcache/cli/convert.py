@@ -69,7 +69,7 @@ def convert(
         str,
         string(
             "RULE",
-            "what names a material: name (of the file), directory, path (below SRC, joined "
+            "rule for the ids: name (of the file), directory, path (below SRC, joined "
             "with _), a regular expression such as '(mp-\\d+)' for that path, or auto: the file's "
             "name; for VASP's own names the nearest directory that is not a step such as relax",
         ),
@@ -78,7 +78,7 @@ def convert(
         str | None,
         string(
             "GLOB",
-            "of several files of one material, convert the one that matches, e.g. "
+            "if a material has several files, convert the file that matches, e.g. "
             "'**/CHGCAR.3static' [default: such files are an error]",
         ),
     ] = None,
@@ -114,7 +114,8 @@ def convert(
     dtype: Annotated[
         Literal["float32", "float64"],
         typer.Option(
-            help="of the arrays; with float64 readers compute every unit from the file's own values"
+            help="type of the arrays; from float64, readers compute every unit from the file's own "
+            "values"
         ),
     ] = "float32",
     overwrite: Annotated[

@@ -40,7 +40,7 @@ def init(
         str | None, string("TEXT", "bytes that the cache may use, for example '200 GiB'")
     ] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="ask nothing; what is not given keeps its default")
+        bool, typer.Option("--yes", "-y", help="do not ask; settings not given keep their defaults")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="replace FILE if it exists")] = False,
 ) -> int:

@@ -31,8 +31,8 @@ def map(
         list[str],
         typer.Argument(
             metavar="DIR...",
-            help="directory or s3://bucket/prefix with densities; of several (input and label), "
-            "the ids that all of them have",
+            help="directory or s3://bucket/prefix with densities; with several (input and label), "
+            "only ids that are in all of them",
         ),
     ],
     output: Annotated[Path, output_file("map to write, compressed if it ends with .gz")] = Path(

@@ -28,10 +28,7 @@ def plan(
     ] = None,
     lookahead: Annotated[
         int | None,
-        nbytes(
-            "bytes that the look-ahead of each node fetches ahead, 0 to train without it "
-            "[default: cache.lookahead]"
-        ),
+        nbytes("bytes that each node fetches ahead; 0: no look-ahead [default: cache.lookahead]"),
     ] = None,
     assignment: Annotated[
         Literal["global", "node"],
@@ -39,7 +36,7 @@ def plan(
     ] = "global",
     eviction: Annotated[
         Eviction | None,
-        typer.Option(help="what a full cache does [default: cache.eviction]"),
+        typer.Option(help="eviction policy of a full cache [default: cache.eviction]"),
     ] = None,
     ranks_per_node: Annotated[int, number(1, "training processes per node")] = 1,
     epochs: Annotated[int, number(1, "epochs of the whole run")] = 50,

@@ -44,7 +44,7 @@ def plot(
     ] = None,
     at: Annotated[
         str,
-        string("X,Y,Z", "where the axes are cut, as shares of their lengths, 0 to 1"),
+        string("X,Y,Z", "where the planes cut the axes, as shares of their lengths (0 to 1)"),
     ] = "0.5,0.5,0.5",
 ) -> int:
     """Draw three planes of a pair: input, label, difference; of several channels the first.
@@ -61,7 +61,7 @@ def plot(
     shares = _shares(at)
     if output is not None:
         if output.suffix.lower() != ".png":
-            raise ConfigError(f"{output} does not end in .png, the only format of pictures.")
+            raise ConfigError(f"{output} does not end in .png. Pictures are written as PNG only.")
         check_output(output, "a PNG picture", b"\x89PNG")
     settings = data_config(config, needs_cache=False)
     reader = open_reader(settings)

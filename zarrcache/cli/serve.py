@@ -35,7 +35,8 @@ def serve(
     metrics: Annotated[
         bool,
         typer.Option(
-            "--metrics", help="answer /metrics for Prometheus, without the token; extra metrics"
+            "--metrics",
+            help="answer /metrics for Prometheus, without the token; needs the extra metrics",
         ),
     ] = False,
     as_json: Json = False,

@@ -36,11 +36,11 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="show one interval, then end")] = False,
     interval: Annotated[
         float,
-        typer.Option(metavar="SECONDS", min=0.1, help="time between two looks"),
+        typer.Option(metavar="SECONDS", min=0.1, help="time between two updates"),
     ] = 1.0,
     metrics_file: Annotated[
         Path | None,
-        string("FILE.prom", "keep this file up to date instead, for node_exporter; extra metrics"),
+        string("FILE.prom", "write this file for node_exporter instead; needs the extra metrics"),
     ] = None,
     as_json: Json = False,
 ) -> int:
@@ -68,7 +68,7 @@ def _keep(path: Path, monitor: Monitor, interval_s: float, *, once: bool) -> Non
     from zarrcache.ops import exposition
 
     if path.suffix != ".prom":
-        raise ConfigError(f"{path} does not end in .prom, without which node_exporter ignores it.")
+        raise ConfigError(f"{path} does not end in .prom; node_exporter ignores such files.")
     check_output(path, "a file of metrics", b"# HELP zarrcache_")
     # node_exporter never sees half of the file.
     write_file(path, exposition(monitor))

@@ -196,7 +196,7 @@ def nothing_selected(plan: WarmPlan, split: str) -> str:
     reader = plan.reader
     if reader.if_missing == "drop" and reader.stored_ids:
         return (
-            "all ids lack a channel of density_type, so missing: drop leaves none. Where "
+            "all ids lack a channel of density_type, so missing: drop leaves none. If "
             "only input or label has it, write density_type: {data: ..., label: ...}."
         )
     if not plan.missing:
@@ -240,8 +240,8 @@ def estimate_notes(plan: WarmPlan, estimate: WarmEstimate) -> list[str]:
         notes.append(note)
     if estimate.unread:
         notes.append(
-            f"Which channels {counted(estimate.unread, 'file')} (CHGCAR, json.gz, .zarr.zip) have "
-            "shows only when they are read: without --dry-run."
+            f"The channels of {counted(estimate.unread, 'file')} (CHGCAR, json.gz, .zarr.zip) are "
+            "known only after they are read, without --dry-run."
         )
     return notes
 
@@ -315,11 +315,11 @@ def _limit_reached(plan: WarmPlan, report: WarmReport) -> str:
     raise_it = f"{_needed(report)}: raise" if report.needed_bytes else "Raise"
     smaller = ""
     if plan.cache.arrays.encoding == FLOAT32:
-        smaller = " Entries in float16 take half the room (cache.arrays.encoding)."
+        smaller = " Entries in float16 take half the bytes (cache.arrays.encoding)."
     return (
         f"{counted(len(report.bypassed), 'id')} did not fit: cache.limit "
         f"({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and training will read "
-        "what did not fit from the origin in every epoch. "
+        "these from the origin in every epoch. "
         f"{raise_it} cache.limit, or free space with `zarrcache evict`.{smaller}"
     )
 
@@ -329,12 +329,12 @@ def _needed(report: WarmReport) -> str:
 
 
 def _lacking_note(task_ids: Sequence[str], missing: Missing) -> str:
-    """What becomes of ids that lack a channel."""
+    """Report how ids that lack a channel are handled."""
     from zarrcache.data import first_ids
 
-    becomes = {"zero": "it is zero there", "drop": "they are left out of the split"}
+    effect = {"zero": "it is filled with zeros", "drop": "they are left out of the split"}
     lack = "lacks" if len(task_ids) == 1 else "lack"
     return (
-        f"{counted(len(task_ids), 'id')} {lack} a channel of density_type; {becomes[missing]} "
+        f"{counted(len(task_ids), 'id')} {lack} a channel of density_type; {effect[missing]} "
         f"(missing: {missing}): {first_ids(task_ids)}."
     )

@@ -298,7 +298,7 @@ class CacheConfig(Block):
             return Path(os.path.abspath(value.expanduser()))
         except RuntimeError as exc:
             raise ValueError(
-                f"{safe_repr(str(value))} begins with ~ and names no user of this machine. Write "
+                f"{safe_repr(str(value))} begins with ~, but this machine has no such user. Write "
                 "the whole path."
             ) from exc
 
@@ -483,8 +483,7 @@ class DataConfig(Block):
         near = difflib.get_close_matches(value, _LOADERS, n=1, cutoff=0.65)
         if near and value not in _LOADERS:  # only a warning, because it may be registered later
             logger.warning(
-                "dataset_name is %r; did you mean %r? get_dataset refuses a name that no loader "
-                "has.",
+                "dataset_name is %r; did you mean %r? get_dataset refuses unknown names.",
                 value,
                 near[0],
             )

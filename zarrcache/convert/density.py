@@ -132,7 +132,7 @@ def read_density(
         if diff and "diff" not in parsed.blocks:
             notes.append("has no spin density (one block): only charge_density_total is written.")
     if parsed.task_id not in (None, task_id):
-        notes.append(f"calls itself {parsed.task_id} inside; it is stored as {task_id}.")
+        notes.append(f"contains the id {parsed.task_id}; it is stored as {task_id}.")
     return ChargeDensity(
         task_id=task_id,
         source=path,

@@ -285,16 +285,16 @@ class Absences:
         return ""
 
     def _check(self, lacking: Mapping[str, Sequence[Channel]], count: int) -> str:
-        """Raise if materials that lack a channel cannot be trained on; else name them.
+        """Raise if materials that lack a channel cannot be trained on; otherwise describe them.
 
-        Of more materials than ``lacking`` has, it would raise the same.
+        It raises the same if ``lacking`` grows.
 
         Parameters
         ----------
         lacking : mapping
             The channels that each lacks, by task id; not empty.
         count : int
-            Materials in all.
+            Number of all materials.
 
         Raises
         ------
@@ -316,15 +316,15 @@ class Absences:
         unknown -= {
             array for role in arrays for array in arrays[role] if Channel(role, array) not in by_all
         }
-        if unknown:  # misspelt, which as zeros would not be noticed
+        if unknown:  # a misspelt name, which would not be noticed if it were filled with zeros
             raise ConfigError(
-                f"no material has an array {min(unknown)!r}. They are in {where}. Correct the name "
-                "in density_type; reading one of them names the arrays that it has."
+                f"None of the stores in {where} has an array {min(unknown)!r}. Correct the name in "
+                "density_type; loading one of them lists its arrays."
             )
         one_side = ""
         if len({channel.role for channel in by_all}) == 1:
             one_side = (
-                " Where only input or label has it, write density_type: {data: ..., label: ...}."
+                " If only input or label has it, write density_type: {data: ..., label: ...}."
             )
         if missing == "drop" and len(lacking) == count:
             raise ConfigError(
@@ -351,7 +351,7 @@ class Absences:
         if empty:
             raise ConfigError(
                 f"{len(empty)} of {count} materials have no channel at all of input or label, so "
-                "the grid that missing: zero would fill is unknown (the other side's may differ): "
+                "missing: zero has no grid to fill (that of the other side may differ): "
                 f"{first_ids(empty)}. They are in {where}. Set missing: drop, or add total to "
                 "density_type of that side."
             )
@@ -363,9 +363,9 @@ class Absences:
         ]
         if damaged:
             raise ConfigError(
-                f"{len(damaged)} of {count} materials have no total density, which is zero in no "
-                f"material: {first_ids(damaged)}. They are in {where}. Convert them again, set "
-                f"missing: drop, or remove them from {reader.map_dir}."
+                f"{len(damaged)} of {count} materials have no total density, which cannot be "
+                f"filled with zeros: {first_ids(damaged)}. They are in {where}. Convert them "
+                f"again, set missing: drop, or remove them from {reader.map_dir}."
             )
         return found
 

@@ -118,7 +118,7 @@ class DataLock:
             ) from exc
         version = document.get("zarrcache_lock") if isinstance(document, dict) else None
         if version is None:
-            raise ConfigError(f"{where} is no lock of zarrcache. `zarrcache lock` writes one.")
+            raise ConfigError(f"{where} is not a lock file. `zarrcache lock` writes one.")
         if version != _FORMAT:
             raise ConfigError(
                 f"{where} has format {safe_repr(version)}; this version reads {_FORMAT}. Use the "
@@ -192,7 +192,7 @@ class DataLockFile:
                 )
         for problem in _id_differences(list(self.lock.densities), list(task_ids)):
             raise ConfigError(
-                f"the data is not that of {self.path}: {problem}. Restore the data, or write "
+                f"the data differs from {self.path}: {problem}. Restore the data, or write "
                 "another lock with `zarrcache lock`."
             )
 
@@ -211,8 +211,8 @@ class DataLockFile:
         locked = self.lock.settings.get(_SPLIT_FILE)
         if locked is not None and (split is None or digest_of(split) != locked):
             raise ConfigError(
-                f"{self.path} is for another split file: a material could be trained on that is "
-                "for testing. Restore split_file, or write another lock with `zarrcache lock`."
+                f"{self.path} is for another split file, so a training could use test materials. "
+                "Restore split_file, or write another lock with `zarrcache lock`."
             )
 
     def check_values(self, task_id: str, name: str, values: NDArray[np.float32] | None) -> None:

@@ -432,7 +432,7 @@ class PairReader(ABC):
             self._log_once.warning(
                 "validation",
                 logger,
-                "The split file keeps %s for validation, in neither set of data_split(). "
+                "The split file has %s for validation, which data_split() does not return. "
                 "ZarrDataset(reader, 'validation') reads them.",
                 counted(len(split.validation), "material"),
             )

@@ -567,7 +567,7 @@ class ZarrS3Reader(StoreReader):
             return name
         url = self._origins[role].url_of(check_task_id(task_id))
         others = ends_of(self._kinds[1:])
-        other = f", nor does another source of it ({others})" if others else ""
+        other = f", and there is no other source ({others})" if others else ""
         raise OriginNotFoundError(
             f"{url}.{self._kinds[0]} does not exist{other}. If it is new, run `zarrcache warm` to "
             "list the origin again."

@@ -257,8 +257,8 @@ class Places:
             is_there = is_there or self.is_directory(path, is_opening=False)
         if documents and not is_there:
             return IncompleteArrayError(
-                f"{self.url(path)} is not there, and no array that it is a chunk of (no zarr.json "
-                "or .zarray above it). If the array was open, it was deleted meanwhile."
+                f"{self.url(path)} does not exist, and neither does an array that it could belong "
+                "to (no zarr.json or .zarray above it). If the array was open, it was deleted."
             )
         return _no_such_file(self.url(path))
 

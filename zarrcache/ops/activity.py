@@ -101,8 +101,8 @@ class Monitor:
             return {board.inode: board for board in find_boards(self._config.dir)}
         except FileNotFoundError as exc:
             raise ConfigError(
-                "This system has no /proc, by which the counters of other processes are found. Use "
-                "reader.stats in the training instead."
+                "This system has no /proc, which is needed to find the counters of other "
+                "processes. Use reader.stats in the training instead."
             ) from exc
 
 

@@ -64,7 +64,7 @@ def list_entries(
     ``_COLUMNS``.
     """
     if sort not in _COLUMNS:
-        raise ConfigError(f"{sort!r} is no column to sort by. Columns: {', '.join(_COLUMNS)}.")
+        raise ConfigError(f"Cannot sort by {sort!r}. Columns: {', '.join(_COLUMNS)}.")
     selection, index = select(config, ids if isinstance(config, DataConfig) else None)
     if not open_if_present(index):
         return []

@@ -397,9 +397,9 @@ def _basis(plan: Forecast, config: DataConfig) -> str:
         f"{prices.list_per_1000:g}, 1,000 GET requests {prices.get_per_1000:g}, one GiB "
         f"{prices.transfer_per_gib:g} {escape(prices.currency)}.{free} The cost so far is that of "
         f"the recorded bytes and requests, of which {plan.lists:.2g} per density read from the "
-        "origin count as LIST. What was saved is what the hits, and the entries taken "
-        "from other nodes, would have cost at the origin, for densities of the mean size. "
-        "<code>zarrcache warm</code> records nothing, so its requests are in neither.</p>"
+        "origin count as LIST. The cost saved is the cost at the origin of the hits, and of the "
+        "entries taken from other nodes, computed with densities of the mean size. "
+        "<code>zarrcache warm</code> records nothing, so neither cost includes it.</p>"
     )
 
 

@@ -179,8 +179,8 @@ class RandomCrop(Selection):
             return f"a window of {times(self.size)} does not fit in its grid of {data}"
         if data.ratios(label) is None:
             return (
-                f"its data is on a grid of {data}, its label on one of {label}, which is no whole "
-                "multiple, so that no window covers the same part of both"
+                f"its data is on a grid of {data}, its label on one of {label}, which is not a "
+                "whole multiple, so no window covers the same part of both"
             )
         return None
 
@@ -261,7 +261,7 @@ class Probes(Selection):
             return f"its grid of {data} has fewer than {self.k} in all"
         if data.shape != label.shape or data.ratios(label) is None:
             return (
-                f"its data is on a grid of {data}, its label on one of {label}, so that they have "
+                f"its data is on a grid of {data}, its label on one of {label}, so they have "
                 "no values at the same points"
             )
         return None

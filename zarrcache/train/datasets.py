@@ -119,7 +119,7 @@ class PairDataset(Sender):
             and to_tensors.augmentation
         ):
             raise ConfigError(
-                f"{self._selection!r} does not go with rotations, because "
+                f"{self._selection!r} cannot be combined with rotations, because "
                 f"{self._selection.never_rotated}. Set augmentation to false."
             )
         self._log_once = LogOnce()
@@ -154,7 +154,7 @@ class PairDataset(Sender):
                 "grids",
                 logger,
                 "%s: the data is on a grid of %s points, the label on one of %s. If the network "
-                "needs equal grids, leave the material out of the map. Further ones are not named.",
+                "needs equal grids, leave the material out of the map. Others are not reported.",
                 name,
                 *(times(grid.shape[1:]) for grid in whole),
             )
@@ -315,7 +315,7 @@ class ZarrDataset(PairDataset, Dataset[Sample]):
         if augment_on == "device" and (transform is not None or layout != "C"):
             raise ConfigError(
                 "augment_on='device' sends samples before they are rotated, downsampled and cast, "
-                "so it goes neither with transform= nor with layout='rotated'. Leave these out, or "
+                "so it cannot be combined with transform= or layout='rotated'. Leave these out, or "
                 "use augment_on='cpu'."
             )
         if rng == "torch" and seed is not None:
@@ -373,7 +373,7 @@ class ZarrDataset(PairDataset, Dataset[Sample]):
         }
         if reasons:
             first, *others = reasons
-            more = f" Nor does it fit {len(others)} more: {first_ids(others)}." if others else ""
+            more = f" {len(others)} more do not fit: {first_ids(others)}." if others else ""
             raise ConfigError(
                 f"{selection!r} does not fit {first}: {reasons[first]}.{more} {_LEAVE_OUT}"
             )
@@ -455,7 +455,7 @@ def _ids_of(reader: DensityReader, split: str) -> Sequence[str]:
     if getattr(reader, "split_file", None) is None:
         if split == "validation":
             raise ConfigError(
-                "split is 'validation', which only a split file names (split_file in the config). "
+                "split is 'validation', which needs a split file (split_file in the config). "
                 "ZarrDataModule holds out a share of the training materials instead."
             )
         train, test = reader.split_task_ids()

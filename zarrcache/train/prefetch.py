@@ -127,8 +127,7 @@ class Prefetch:
         if not self._progress.is_shared:
             self._is_over = True
             logger.warning(
-                "no look-ahead: this system has no /proc, by which processes find their shared "
-                "memory"
+                "no look-ahead: this system has no /proc, which processes need to share memory"
             )
 
     def step(self) -> None:

@@ -121,7 +121,7 @@ class RhoData(PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
             )
         if isinstance(steps_of(transform)[0], Probes):
             raise ConfigError(
-                "RhoData returns pairs, which have no room for the coordinates of Probes. Use "
+                "RhoData returns pairs, which cannot hold the coordinates of Probes. Use "
                 "ZarrDataset."
             )
         self.data = data

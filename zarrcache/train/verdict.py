@@ -156,7 +156,7 @@ _NOTHING_CACHED = (
     "S3, because nothing is cached",
     (
         "let the cache store something: raise cache.limit, free space for cache.min_free, or "
-        "choose a cache.dir that can be written. `zarrcache doctor CONFIG` names what is wrong."
+        "choose a cache.dir that can be written. `zarrcache doctor CONFIG` finds the cause."
     ),
 )
 #: For what it waits, and what to do.
@@ -199,14 +199,14 @@ _ADVICE: dict[Cause, tuple[str, str]] = {
         "rotating, downsampling or casting samples on the CPU",
         "raise num_workers, or rotate on the device (augment_on: device of ZarrDataModule).",
     ),
-    "transform": ("your transform", "raise num_workers, or make it faster; it runs in them."),
+    "transform": ("your transform", "raise num_workers, or make it faster; workers run it."),
     "collate": (
         "the collate function",
         "use zarrcache.collate, or move its work into transform=.",
     ),
     "dataset": (
         "your own dataset, around that of zarrcache",
-        "raise num_workers, or make its __getitem__ faster; it runs in them.",
+        "raise num_workers, or make its __getitem__ faster; workers run it.",
     ),
     "copy": (
         "copies of batches on their way to the training process",
@@ -222,10 +222,10 @@ _ADVICE: dict[Cause, tuple[str, str]] = {
     ),
     "workers": ("too few DataLoader workers", "raise num_workers."),
     "unknown": (
-        "something that is neither reading nor copying",
+        "an unknown cause, neither reading nor copying",
         (
-            "look at the sampler, and enter the monitor before the loader starts its workers: the "
-            "work of workers that run already is not seen."
+            "check the sampler, and enter the monitor before the loader starts its workers, "
+            "because it cannot measure workers that already run."
         ),
     ),
 }

@@ -312,7 +312,7 @@ def test_a_file_that_calls_itself_something_else_keeps_its_file_name(tmp_path: P
     payload = {"task_id": "mp-2", "data": {"data": {"total": GRID}, "structure": STRUCTURE}}
     density = read_density(_json(tmp_path / "mp-1.json.gz", payload))
     assert density.task_id == "mp-1"
-    assert density.warnings == ("calls itself mp-2 inside; it is stored as mp-1.",)
+    assert density.warnings == ("contains the id mp-2; it is stored as mp-1.",)
 
 
 def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:

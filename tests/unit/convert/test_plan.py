@@ -439,7 +439,7 @@ def test_a_task_id_inside_of_the_file_is_only_mentioned(tmp_path: Path) -> None:
     shutil.move(tmp_path / "label" / f"{IDS[0]}.json.gz", tmp_path / "mp-9.json.gz")
     (result,) = convert_directory(tmp_path / "mp-9.json.gz", tmp_path / "out").converted
     assert result.target == str(tmp_path / "out" / "mp-9.zarr")
-    assert result.warnings == (f"calls itself {IDS[0]} inside; it is stored as mp-9.",)
+    assert result.warnings == (f"contains the id {IDS[0]}; it is stored as mp-9.",)
 
 
 def test_secrets_are_not_shown_by_a_plan(source: Path) -> None:

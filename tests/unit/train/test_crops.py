@@ -419,7 +419,7 @@ class TestBadInput:
             ([RandomCrop(2), RandomCrop(2)], {}, "has to be the first"),
             ([RandomCrop(2), 3], {}, "transform is 3"),
             ({"train": RandomCrop(2)}, {}, "has to be a function"),
-            (Probes(2), {"augmentation": True}, "does not go with rotations"),
+            (Probes(2), {"augmentation": True}, "cannot be combined with rotations"),
             (RandomCrop(2), {"augment_on": "device"}, "augment_on"),
         ],
     )

@@ -534,8 +534,8 @@ def test_the_sides_of_a_split_file_are_datasets_of_their_own(
     assert _read_by(reader)[1] == ("mp-2", "mp-0")  # a Lookahead over the reader
     train, test = reader.data_split()
     assert (len(train[0]), len(test[0])) == (2, 1)
-    assert "keeps 1 material for validation" in caplog.text
-    with pytest.raises(ConfigError, match="which only a split file names"):
+    assert "has 1 material for validation" in caplog.text
+    with pytest.raises(ConfigError, match="which needs a split file"):
         ZarrDataset(make_reader(), "validation")
 
 
