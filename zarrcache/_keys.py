@@ -68,7 +68,7 @@ _ENCODED_AS = " as "
 #: ``density_type``: a name; several, of the channels of a sample; or a mapping of both roles to
 #: these. See `check_density_type`.
 DensityType: TypeAlias = "str | Sequence[str] | Mapping[Role, str | Sequence[str]]"
-#: What becomes of materials that lack a channel: see ``ZarrS3Reader``.
+#: How materials that lack a channel are handled: see ``ZarrS3Reader``.
 Missing = Literal["error", "zero", "drop"]
 _DENSITY = "charge_density_"
 #: The names of ``density_type`` that stand for an array ``charge_density_{name}``. The last three
@@ -368,7 +368,7 @@ def stored_array(array: str, units: Units, encoding: str = FLOAT32) -> str:
 
 
 def mantissa_bits(encoding: str) -> int | None:
-    """N of the encoding ``bits:N``; None for every other."""
+    """N of the encoding ``bits:N``; None for other encodings."""
     match = _BITS.fullmatch(encoding)
     return int(match[1]) if match else None
 
@@ -398,7 +398,7 @@ def is_digest(text: object) -> bool:
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a URL, of which pathlib leaves one slash: ``s3:/bucket``."""
+    """Whether a path is a URL, also with one slash, as pathlib leaves it: ``s3:/bucket``."""
     return _URL.match(os.fspath(path)) is not None
 
 

@@ -1,4 +1,4 @@
-"""Read the attributes of a store: what it says about the material and its structure."""
+"""Read the attributes of a store, which describe the material and its structure."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def metadata_of(group: zarr.Group) -> dict[str, Any]:
 def metadata_in(attributes: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Merge the attributes ``metadata`` and ``structure``; either may be a JSON string.
 
-    Files have other attributes, of which pymatgen makes the structure here.
+    Files have other attributes; pymatgen makes their structure here.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""From the bytes of a chunk to its values: the usual codec chains of Zarr, each step bounded.
+"""Decode the bytes of a chunk with the usual codec chains of Zarr, with a bound for each step.
 
 A chunk of a few bytes may claim, or be, gigabytes. Codecs do not use the size that the metadata
 gives: numcodecs allocates what a header claims and decompresses streams to their end. So only
@@ -82,7 +82,7 @@ class _Step:
             raise UnknownCodecError(kind)
 
     def decode(self, data: Buffer, out: NDArray[Any] | None = None) -> Any:
-        """Decode; with ``out``, which has ``nbytes`` bytes, perhaps into it.
+        """Decode; if ``out`` is given, which has ``nbytes`` bytes, perhaps into ``out``.
 
         Raises
         ------
@@ -123,7 +123,7 @@ class Chunk:
     axes : sequence of int
         The order in which the axes are stored.
     shard : optional
-        Decodes what the steps have made, if that is not the values.
+        Decodes the result of the steps, if these are not the values yet.
     packers : sequence of numcodecs codecs
         From bytes to bytes, in the direction of writing.
 

@@ -280,7 +280,7 @@ def _parse_odd(
 
 
 def numbers_in(text: bytes, *, repair: bool = True) -> NDArray[np.float64] | None:
-    """All numbers of a text, also with Fortran's exponents; None if it has anything else.
+    """All numbers of a text, also with Fortran's exponents; None if it has other content.
 
     With ``repair``, exponents without their letter are read as such, and numbers that touch are
     separated.

@@ -80,7 +80,7 @@ _SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where the chunks of an array lie, and how they are decoded."""
+    """The places of the chunks of an array, and how to decode them."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -131,9 +131,9 @@ def metadata_key(keys: Collection[str]) -> str | None:
 def attributes_key(metadata_key: str | None, keys: Container[str]) -> str:
     """Key below a store of the document with its attributes: ``zarr.json`` (v3) or ``.zattrs``.
 
-    That of the format of an array, by its ``metadata_key``, if it is among the ``keys`` of the
-    store, else the other: ``zarr migrate v3`` writes the documents of arrays before that of their
-    group, and may have been killed between them.
+    If the ``keys`` of the store have the document of the array's format (its ``metadata_key``), it
+    is that document, otherwise the other: ``zarr migrate v3`` writes the documents of arrays before
+    those of their group, and may have been killed between them.
     """
     names = ("zarr.json", ".zattrs") if metadata_key == "zarr.json" else (".zattrs", "zarr.json")
     return next((name for name in names if name in keys), names[0])
@@ -145,8 +145,8 @@ def attributes_in(document: Any, key: str, store_url: str) -> dict[str, Any]:
     Raises
     ------
     SchemaError
-        It is not a JSON object. It might say other units than those of a store without
-        attributes.
+        It is not a JSON object. It might state other units than a store without attributes
+        has.
     """
     try:
         parsed = parse_document(bytes(document))
@@ -375,7 +375,7 @@ def absent_chunks(url: str, missing: int, chunks: int) -> IncompleteArrayError:
 def count_missing(document: Mapping[str, Any], keys: Collection[str]) -> tuple[int, int]:
     """Count the chunks (or shards) of an array that no key names, and all of its grid.
 
-    An inner chunk that the index of a shard leaves out was not written: the shard says so itself.
+    An inner chunk that the index of a shard leaves out was never written.
 
     Parameters
     ----------

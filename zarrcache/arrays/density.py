@@ -1,4 +1,4 @@
-"""What makes an array a charge density: its shape, its units, its number of electrons.
+"""Check that an array is a charge density: its shape, its units, its number of electrons.
 
 VASP's files, and most stores, hold electrons per volume times the volume of the cell, so the mean
 over the grid points of ``charge_density_total`` is the number of electrons. A store may hold the
@@ -279,7 +279,7 @@ def electrons_of(
 
 
 def no_density(electrons: float | None) -> str:
-    """Why this cannot be the number of electrons of a density; empty if it can, as zero can."""
+    """Say why this cannot be a number of electrons; empty if it can. Zero can."""
     if electrons is None or not electrons < 0:
         return ""
     return (
@@ -289,10 +289,10 @@ def no_density(electrons: float | None) -> str:
 
 
 def disagreement(electrons: float | None, stated: float | None, relative_error: float = 0.0) -> str:
-    """How a number of electrons differs from the stated one by more than 0.1 %; empty if not.
+    """Describe a difference of more than 0.1 % from the stated electrons; empty if there is none.
 
-    NaN differs from every number; None, which is unknown, from no number. A stated number below
-    zero is wrong whatever the values are.
+    NaN differs from every number. None means unknown, and differs from no number. A negative
+    stated number is always wrong.
 
     Parameters
     ----------
@@ -317,7 +317,7 @@ def disagreement(electrons: float | None, stated: float | None, relative_error: 
 
 
 def electrons_differ(values: NDArray[Any], attributes: Mapping[str, Any], url: str) -> str:
-    """How values differ from the electrons that their store states; empty if they do not.
+    """Describe how values differ from the electrons that their store states; empty if not.
 
     Raises
     ------

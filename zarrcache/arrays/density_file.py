@@ -73,7 +73,7 @@ class DensityFile:
     notes : list of str
         Suspicious findings, one sentence each.
     unnamed : int
-        Grids beside the total density of which the number does not say what they are.
+        Number of grids beside the total density that cannot be identified by their number.
     """
 
     name: str
@@ -220,7 +220,7 @@ def read_density_file(
         A file object is read from its present position; it must be seekable.
     name : str, optional
         Path or URL, for messages. Its last part decides how the file is read: ``.json`` is JSON,
-        anything else VASP's text; ``.gz``, ``.bz2``, ``.xz`` or ``.lzma`` behind it is compressed.
+        others are VASP's text; ``.gz``, ``.bz2``, ``.xz`` or ``.lzma`` after it is compressed.
         Default: the path.
 
     Raises
@@ -239,7 +239,7 @@ def read_density_file(
 def read_vasp_text(
     source: str | os.PathLike[str] | IO[bytes], *, name: str | None = None
 ) -> DensityFile:
-    """As `read_density_file`, for the text of VASP whatever the file is called."""
+    """Like `read_density_file`, for VASP's text with any file name."""
     label = _label(source, name)
 
     def parse(file: Any, limit_bytes: int) -> DensityFile:
@@ -260,7 +260,7 @@ def read_vasp_text(
 def read_mp_json(
     source: str | os.PathLike[str] | IO[bytes], *, name: str | None = None
 ) -> DensityFile:
-    """As `read_density_file`, for JSON whatever the file is called."""
+    """Like `read_density_file`, for JSON with any file name."""
     label = _label(source, name)
     return _parsed(source, label, lambda file, limit: _from_json(file, label, limit))
 
@@ -278,7 +278,7 @@ def _parsed(
     label: str,
     parse: Callable[[Any, int], DensityFile],
 ) -> DensityFile:
-    """Open and parse a file. What fails because of its content becomes a SchemaError."""
+    """Open and parse a file. Errors because of its content become a SchemaError."""
     if isinstance(source, (str, os.PathLike)):
         with Path(source).open("rb") as file:
             return _parsed(file, label, parse)
@@ -338,8 +338,8 @@ def _plain_poscar(
 ) -> tuple[NDArray[np.float64], list[str], NDArray[np.float64]] | None:
     """Lattice, species and fractional coordinates of a POSCAR as VASP 5 and 6 write it.
 
-    None for any other: selective dynamics, Cartesian coordinates, no symbols or labels behind
-    them, comments. pymatgen reads those.
+    None for other POSCARs (selective dynamics, Cartesian coordinates, no symbols, labels behind
+    the coordinates, comments), which pymatgen reads.
     """
     if len(lines) < 9 or not lines[0] or any(b"#" in line for line in lines[1:]):
         return None

@@ -1,4 +1,4 @@
-"""Decode arrays with unusual codecs: zarr, in a child process of bounded memory.
+"""Decode arrays with unusual codecs: zarr decodes them in a child process of bounded memory.
 
 Zarr reads more than :mod:`zarrcache.arrays.codecs` does: filters that change numbers, data that is
 compressed twice, codecs of other packages, chunk grids that are not regular. The size to which such

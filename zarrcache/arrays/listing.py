@@ -144,10 +144,10 @@ def list_array(what: OriginArray) -> list[ObjectInfo]:
 
 
 def objects_of(what: OriginArray, objects: Iterable[ObjectInfo]) -> list[ObjectInfo]:
-    """The objects of an array, as `list_array`, among those of its store or zipped store.
+    """Select the objects of an array, as in `list_array`, from those of its store or zip file.
 
-    Neither the array's own attributes nor what an editor or macOS leaves beside the chunks affects
-    the values: not worth a request, nor a reason to refetch.
+    The array's own attributes, and files of editors or macOS beside the chunks, do not affect
+    the values. They are left out, so they cost no request and cause no refetch.
     """
     return list(objects) if is_object(what.store) else members_of_array(what, objects)
 

@@ -125,7 +125,7 @@ def read_npy_density(files: Mapping[str, Buffer], url: str) -> NpyDensity:
     Raises
     ------
     SchemaError
-        A file holds something else.
+        A file has other content.
     """
     (rho,) = (name for name in files if _RHO.fullmatch(name))
     values = _array(files[rho], f"{url}/{rho}")

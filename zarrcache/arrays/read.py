@@ -81,7 +81,7 @@ _DECODING_S_PER_BYTE = 1 / 5e6
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """An array, and what its objects say about it.
+    """An array, and the findings about its objects.
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class Decoded:
 
 
 class Examined(NamedTuple):
-    """What the documents of a store say about an array, without its chunks.
+    """The description of an array by the documents of its store, without its chunks.
 
     Attributes
     ----------
@@ -204,7 +204,7 @@ def _fetch_and_decode(
 def _read_unconverted(
     what: OriginArray, listed: list[ObjectInfo], reserve: Callable[[int], object] | None
 ) -> Decoded:
-    """Fetch and decode a source that is no Zarr store."""
+    """Fetch and decode a source that is not a Zarr store."""
     if reserve is not None:
         reserve(sum(decoding_bytes(obj.key, obj.size_bytes) for obj in listed))
     files = {obj.key.rpartition("/")[2]: data for obj, data in what.origin.fetch(listed)}

@@ -70,7 +70,7 @@ def kind_of(name: str) -> Kind | None:
 
 
 def stem_of(name: str) -> str | None:
-    """Task id of a source's name: ``mp-1`` of ``mp-1.zarr`` and ``mp-1.json.gz``, else None."""
+    """Task id of a source's name: ``mp-1`` for ``mp-1.zarr`` and ``mp-1.json.gz``; or None."""
     suffix = _suffix_of(name)
     return None if suffix is None else name[: len(name) - len(suffix)]
 

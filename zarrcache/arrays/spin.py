@@ -1,6 +1,6 @@
-"""Spin densities of one kind where those of the other are read.
+"""Refuse spin densities of the other kind (collinear or not) than the one that is read.
 
-A material that has spin must not count as one that lacks it, which may be filled with zeros.
+Otherwise a material with spin would count as a material without spin, and be filled with zeros.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def decode_unconverted(
     ArrayNotFoundError
         The source has no such grid.
     SchemaError
-        A file holds something else.
+        A file has other content.
     """
     if any(name.endswith(".npy") for name in files):
         values, attributes = _of_npy(files, url, array, units)
@@ -122,7 +122,7 @@ def _check_finite(values: NDArray[Any], url: str, array: str) -> None:
 
 
 def unconverted_attributes(files: Mapping[str, Buffer], url: str) -> dict[str, Any]:
-    """What is known of the structure; see ``attributes`` of `DensityFile` and `NpyDensity`."""
+    """The known structure; see ``attributes`` of `DensityFile` and `NpyDensity`."""
     if any(name.endswith(".npy") for name in files):
         return read_npy_density(files, url).attributes()
     ((name, data),) = files.items()

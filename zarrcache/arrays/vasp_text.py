@@ -1,4 +1,4 @@
-"""Read the text of VASP's volumetric files: count every number, and refuse what would shift one."""
+"""Read the text of VASP's volumetric files. Count every number, and refuse shifted values."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def parse_vasp_text(file: Any, name: str, limit_bytes: int) -> VaspText:
     ------
     SchemaError
         Not such a file, cut short, or larger than allowed; a grid has more or fewer numbers than it
-        announces, or something else follows it.
+        announces, or other content follows it.
     """
     title = _line(file, name)  # may be blank
     head = [title]

@@ -12,7 +12,7 @@ from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 
 __all__ = ["ZippedStore"]
 
-#: Largest member whose size nothing else bounds, unless it is compressed by less than _MAX_RATIO.
+#: Largest member without another bound, unless it is compressed by less than _MAX_RATIO.
 _ROOM_BYTES, _MAX_RATIO = 64 * 1024**2, 100
 #: Python needs 20 bytes for each byte of the directory. 4 MiB are 45,000 members: an array of
 #: 700 MiB in chunks of 16 x 16 x 16. In a larger zip, the directory may be a sixteenth: a store
@@ -73,8 +73,8 @@ class ZippedStore:
     ) -> Iterator[tuple[ObjectInfo, bytes]]:
         """Unpack some of the :meth:`objects` of ``store``, one at a time.
 
-        ``most`` gives the largest size in bytes of one, by its key; 0: it is left out, None: as for
-        :meth:`read`.
+        ``most`` returns the largest allowed size of a member in bytes, by its key. 0: the member is
+        left out. None: as for :meth:`read`.
         """
         for obj in objects:
             nbytes = most(obj.key)

@@ -1,7 +1,7 @@
 """Settings: the users' training keys and the ``cache:`` block, validated once, then frozen.
 
-What each key means is in the comments of ``configs/s3_cached.yaml``, of which the pages and the
-JSON schema are made.
+The comments of ``configs/s3_cached.yaml`` explain each key. The pages and the JSON schema are made
+from them.
 
 Sizes are ``200 GiB``, ``4 MiB``, ``1.5 GB`` or a number of bytes; durations ``60 s``, ``5 min``,
 ``30 d`` or a number of seconds. ``$VAR``, ``${VAR}`` and ``${VAR:-default}`` expand in every

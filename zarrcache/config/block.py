@@ -1,4 +1,4 @@
-"""A frozen block of settings, and what is said about invalid values."""
+"""A frozen block of settings, and the messages about invalid values."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _EXPECTED: dict[str, Callable[[ErrorDetails], str]] = {
 
 
 def _described(error: ErrorDetails) -> str:
-    """What a value has to be, for errors of its type: ``int_parsing``, ``bool_type``."""
+    """Describe a valid value for an error type such as ``int_parsing`` or ``bool_type``."""
     kinds = {
         "int": "a whole number",
         "float": "a number",

@@ -153,7 +153,7 @@ def read_datasets(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
 
 
 def datasets_of(document: Mapping[str, Any], where: str = "config") -> dict[str, dict[str, Any]]:
-    """As `read_datasets`, of a document that is read already."""
+    """Like `read_datasets`, for a document that was already read."""
     document = as_dict(document, where)
     block = _block(document, where)
     if _has_lists(block):

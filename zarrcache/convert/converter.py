@@ -1,4 +1,4 @@
-"""Convert one file to a store, or decide what becomes of a file whose store exists."""
+"""Convert one file to a store, or decide what to do with a file whose store exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make files and names durable: what a conversion reports survives a power failure.
+"""Make files and names durable, so that reported stores survive a power failure.
 
 A rename alone is not enough: ext4 and xfs may write the new name before the data, so that after a
 power failure a store has files of 0 bytes.

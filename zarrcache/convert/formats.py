@@ -61,7 +61,7 @@ _MATERIAL = re.compile(r"[A-Za-z]+-\d+")
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How files of one format are recognised and read.
+    """Recognises and reads the files of one format.
 
     Attributes
     ----------
@@ -266,7 +266,7 @@ def is_density_name(name: str) -> bool:
 
 
 def _reason_against(name: str) -> str | None:
-    """Why a file of this name is not converted without a pattern; None if it is."""
+    """Say why a file of this name is not converted without a pattern; None if it is."""
     if name.startswith("."):
         return "a hidden file"
     bare = _COMPRESSED.sub("", name)
@@ -445,7 +445,7 @@ def _not_preferred(
 def _equal_ids(
     unclear: Mapping[str, Sequence[Path]], files: Sequence[Path], naming: Naming
 ) -> ConfigError:
-    """The error for ids that have several files; it names them, and a way that works."""
+    """The error for ids that have several files, with these files and a remedy that works."""
     shown = [
         f"{' and '.join(map(str, paths))} are {'both' if len(paths) == 2 else 'all'} {task_id}"
         for task_id, paths in list(unclear.items())[:_MAX_SHOWN]

@@ -331,7 +331,7 @@ def plan_convert(
 
 
 def _unusable(found: Sources, *, strict: bool) -> dict[Path, str]:
-    """Errors of the files and directories that cannot be converted, as far as names show it."""
+    """Errors of files and directories that, by their names, cannot be converted."""
     errors = found.nameless | {
         item.path: f"{item.path} {item.reason}: files in it are missing here. Make it readable "
         "(chmod u+rx)."

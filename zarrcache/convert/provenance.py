@@ -1,8 +1,8 @@
-"""Which file a store was made from, and whether the store is whole.
+"""Record and examine which file a store was made from, and whether the store is complete.
 
 ``convert`` records both in the group's attribute ``converted_from``, a JSON string like
-``structure`` and ``metadata``, so that a later run says "converted already" only of a whole store
-of the same file.
+``structure`` and ``metadata``, so that a later run reports "converted already" only for a complete
+store of the same file.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def examine(
 
 
 def examine_zip(file: Path | IO[bytes]) -> Existing:
-    """As `examine`, for a zip file, or for its end with its directory and its documents."""
+    """Like `examine`, for a zip file, or for the end of it with its directory and documents."""
     try:
         with zipfile.ZipFile(file) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist()}

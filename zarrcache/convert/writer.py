@@ -133,7 +133,7 @@ def encode_store(
 
 
 def check_layout(chunks: Sequence[object], zarr_format: int) -> None:
-    """Refuse other than three positive chunk sizes and the formats 2 and 3."""
+    """Raise unless there are three positive chunk sizes, and the format is 2 or 3."""
     if zarr_format not in (2, 3):
         raise ConfigError(f"zarr_format is {zarr_format!r}; Zarr has the formats 2 and 3.")
     if len(chunks) != 3 or not all(

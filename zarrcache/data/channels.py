@@ -1,8 +1,8 @@
-"""What is known of the channels of materials before anything is read: absent ones, and their grids.
+"""Find absent channels of materials, and channels on different grids, before anything is read.
 
-`Absences`: what is cached is there; what else is known is stored with the listings of a directory;
-the rest is asked of the origin, many stores at once, and stored. `CachedGrids`: from the headers of
-entries, without a request.
+`Absences`: a cached channel exists. Other known answers are stored with the listings of a
+directory. The rest is asked of the origin, many stores at once, and stored. `CachedGrids` reads the
+headers of entries, without a request.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ Shape = tuple[int, ...] | None
 _LISTERS = 32
 #: Sources that have to be fetched whole, above which a warning names the better way.
 _FEW_FETCHED = 50
-#: Materials of which the headers of entries are read.
+#: Materials for which the headers of entries are read.
 _COMPARED = 1000
 
 
 class Absences:
-    """Which channels the materials of ``reader`` lack. Remembers what it has found out."""
+    """Finds the channels that materials of ``reader`` lack, and remembers the answers."""
 
     def __init__(self, reader: ZarrS3Reader) -> None:
         self._reader = reader
@@ -64,21 +64,21 @@ class Absences:
     def find(
         self, task_ids: Iterable[str], *, skip_unreadable: bool = False
     ) -> dict[str, list[Channel]]:
-        """Which channels the materials lack, by task id; those that lack none are left out.
+        """Return the channels that materials lack, by task id, for materials that lack any.
 
-        Sends a LIST per store and array of which nothing is known, if stored listings are used, or
-        of all. Zipped stores and files are fetched, into the cache if there is one.
+        Sends a LIST per store and array with an unknown answer if stored listings are used,
+        otherwise for all. Zipped stores and files are fetched, into the cache if there is one.
 
         Parameters
         ----------
         task_ids : iterable of str
         skip_unreadable : bool
-            Leave out the materials of which it cannot be found out, instead of raising.
+            Leave out materials that cannot be read, instead of raising.
 
         Raises
         ------
         OriginError, SchemaError, IncompleteArrayError
-            It cannot be found out.
+            A material cannot be read.
         """
         ids = list(task_ids)
         lacking: dict[str, list[Channel]] = defaultdict(list)
@@ -94,7 +94,7 @@ class Absences:
         return {id_: lacking[id_] for id_ in ids if id_ in lacking}
 
     def _known_lacking(self) -> dict[str, list[Channel]]:
-        """As `find` for all materials, as far as it was found out or is stored."""
+        """Like `find` for all materials, but only from known and stored answers."""
         stored = self.stored()
         lacking: dict[str, list[Channel]] = defaultdict(list)
         for channel in self._asked():
@@ -132,8 +132,9 @@ class Absences:
         return config is None or config.revalidate == "epoch"
 
     def stored(self) -> dict[Channel, set[str]]:
-        """Ids that lack a channel, by channel, as far as the stored contents of the directories
-        say. Sends no request if these are stored.
+        """Ids that lack a channel, by channel, from the stored contents of the directories.
+
+        Sends no request if these are stored.
         """
         found = {}
         for channel in self._reader.channels:
@@ -160,7 +161,7 @@ class Absences:
     def _find_absent(
         self, channel: Channel, ids: Sequence[str], skip_unreadable: bool
     ) -> dict[str, bool]:
-        """Whether materials lack a channel; what only the origin knows is stored."""
+        """Whether materials lack a channel. Answers of the origin are stored."""
         role, array = channel
         found: dict[str, bool] = {}
         if self._reader.trusts_entries:
@@ -231,12 +232,12 @@ class Absences:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _contents(self, role: Role) -> dict[str, dict[str, int]]:
-        """Which stores of a directory have an array (1) or lack it (0), where that is known."""
+        """Known stores of a directory that have an array (1) or lack it (0)."""
         stored = self._reader.cache.stored_listing(self._reader.origin(role), CONTENTS)
         return dict(stored) if isinstance(stored, dict) else {}
 
     def decide(self, task_ids: Sequence[str]) -> Complete:
-        """Which materials can be trained on, by ``missing`` of the reader.
+        """Decide which materials can be trained on, by ``missing`` of the reader.
 
         Raises
         ------
@@ -265,9 +266,9 @@ class Absences:
         return Complete(kept, tuple(dropped))
 
     def refusal(self) -> str:
-        """The error that the split raises because materials lack channels, by what is known.
+        """Return the error that the split would raise because materials lack channels.
 
-        Empty if it raises none, or if the channels of too few materials are known. Sends no request
+        Empty if there is none, or if the channels of too few materials are known. Sends no request
         if the directories were listed.
         """
         known = self._known_lacking()
@@ -373,8 +374,8 @@ class Absences:
 class CachedGrids:
     """The grids of the densities of ``reader`` that are cached.
 
-    Of at most 1,000 materials at a time, those whose entries differ in size first: equal arrays may
-    take different room on a disk that compresses.
+    At most 1,000 materials at a time are compared, those with entries of different sizes first:
+    equal arrays may take different sizes on a disk that compresses.
     """
 
     def __init__(self, reader: ZarrS3Reader) -> None:

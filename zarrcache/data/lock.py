@@ -1,6 +1,6 @@
 """Lock files: which materials a training reads, and digests of their decoded values.
 
-``zarrcache lock`` writes one; ``cache.lock`` makes a reader refuse everything else.
+``zarrcache lock`` writes one; with ``cache.lock`` a reader refuses all other data.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class DataLock:
 
 
 class DataLockFile:
-    """Compares what a training reads with a lock file, which is read at its first use in a process.
+    """Compares the data of a training with a lock file, which is read once per process.
 
     Parameters
     ----------
@@ -250,7 +250,7 @@ class DataLockFile:
 
 
 def differences(first: DataLock, second: DataLock) -> Iterator[str]:
-    """What differs between two locks, a line each: settings, ids, densities."""
+    """List the differences of two locks, one per line: settings, ids, densities."""
     for key in sorted(first.settings.keys() | second.settings.keys()):
         one, other = first.settings.get(key), second.settings.get(key)
         if one != other:

@@ -1,6 +1,6 @@
 """`PairReader`: the materials of a map in two directories, their split, and what a read checks.
 
-Base of the reader of stores and of that of CHGCAR files; each says what it lists and loads.
+Base class of the reader of stores and of the reader of CHGCAR files.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class PairReader(ABC):
 
     @property
     def density_type(self) -> Any:
-        """A name, a tuple of those of several channels, or a dict of both roles to these."""
+        """A name, a tuple of names for several channels, or a dict from the roles to these."""
         return self._density_type
 
     @abstractmethod
@@ -204,7 +204,7 @@ class PairReader(ABC):
         OriginError
             There is no such store or file, or the origin cannot be reached.
         ZarrCacheError
-            Anything else: no exception of a library leaves this method.
+            Any other fault: no exception of a library leaves this method.
         """
         try:  # costs nothing while nothing is raised; this is the path of a warm hit
             values, gridsize = self._load(task_id, role)
@@ -231,7 +231,7 @@ class PairReader(ABC):
         return role if len(self._arrays[role]) == 1 else f"{role} {density_name(array)}"
 
     def open_grid(self, task_id: str, role: Role) -> LazyGrid | LazyStack:
-        """One charge density, of which only the values that are used are read.
+        """Open one charge density. Only the values that are used are read.
 
         ``grid[index]`` with any index of numpy is an array of the values that ``load`` has there.
         On a warm node only their pages of the entry are read, once its checksum is verified
@@ -253,12 +253,12 @@ class PairReader(ABC):
         return as_lazy(*self.load(task_id, role))
 
     def _open(self, task_id: str, role: Role) -> LazyGrid | LazyStack:
-        """As `open_grid` without a lock; it may raise what libraries raise."""
+        """Like `open_grid` without a lock; it may raise exceptions of libraries."""
         return as_lazy(*self._load(task_id, role))
 
     @abstractmethod
     def _load(self, task_id: str, role: Role) -> Density:
-        """As `load`; it may raise what libraries raise."""
+        """Like `load`; it may raise exceptions of libraries."""
 
     def __repr__(self) -> str:
         return (
@@ -307,7 +307,7 @@ class PairReader(ABC):
 
     @property
     def stored_ids(self) -> list[str]:
-        """As `task_ids`, whatever channels they have."""
+        """Like `task_ids`, with and without all channels."""
         return list(self._present().ids)
 
     @property
@@ -326,8 +326,8 @@ class PairReader(ABC):
         Parameters
         ----------
         decided : bool
-            False: before ``missing`` decides about materials that lack a channel, which may have to
-            be found out.
+            False: before ``missing`` decides about materials that lack a channel. This needs no
+            request for the channels.
 
         Raises
         ------
@@ -353,7 +353,7 @@ class PairReader(ABC):
         return Split(tuple(train), (), tuple(test))
 
     def split_task_ids(self, *, decided: bool = True) -> tuple[list[str], list[str]]:
-        """As `split`: the training ids, followed by those for validation; and the test ids."""
+        """The ids of `split`: for training followed by validation, and for testing."""
         split = self.split(decided=decided)
         return [*split.train, *split.validation], [*split.test]
 
@@ -365,7 +365,7 @@ class PairReader(ABC):
         Raises
         ------
         ConfigError
-            Some have not; they are named, with their lines in a file list.
+            Some do not; the message lists them, with their lines in a file list.
         OriginError
             A directory cannot be listed.
         """
@@ -476,7 +476,7 @@ class PairReader(ABC):
         return self._known_ids[key]
 
     def _completed(self) -> Complete:
-        """Ids that are split: those present, of which ``missing`` decides if they lack a channel.
+        """Ids that are split: ids that are present, after ``missing`` decided about channels.
 
         Raises
         ------
@@ -492,9 +492,9 @@ class PairReader(ABC):
         return self._complete[key]
 
     def decide(self, task_ids: Sequence[str]) -> Complete:
-        """Which materials can be trained on, as ``missing`` says of those that lack a channel.
+        """Return the materials that can be trained on; ``missing`` decides if they lack a channel.
 
-        Here all: a file shows its channels when it is read.
+        Here these are all materials: the channels of a file are known when it is read.
 
         Raises
         ------
@@ -535,7 +535,7 @@ def as_our_error(exc: Exception, what: str) -> ZarrCacheError:
 
 @contextlib.contextmanager
 def only_our_errors(what: str) -> Iterator[None]:
-    """Inside, exceptions of libraries become ours; ``what`` was read."""
+    """Convert exceptions of libraries in this block to ours; ``what`` was read."""
     try:
         yield
     except ZarrCacheError:

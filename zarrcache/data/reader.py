@@ -66,7 +66,7 @@ class ZarrS3Reader(StoreReader):
     The source of a density is ``{data_dir}/{task_id}.zarr`` or ``.zarr.zip``; a file as the
     Materials Project or VASP wrote it, ``.json.gz`` or ``.CHGCAR``, each perhaps compressed by
     gzip, bzip2 or xz; or a directory of numpy files as electrai keeps QM9. Files are decoded into
-    the array tier once, and give the same bits as converted ones. Creating a reader sends no
+    the array tier once, and give the same bits as converted stores. Creating a reader sends no
     request. A reader can be pickled, and works on both sides of a fork.
 
     Parameters
@@ -93,17 +93,17 @@ class ZarrS3Reader(StoreReader):
     s3_kwargs : dict, optional
         As ``s3fs.S3FileSystem`` takes them.
     cache : CacheConfig or mapping, optional
-        None: everything comes from the origin each time.
+        None: every read goes to the origin.
     source : str or sequence of str
-        Kinds of sources that are read, the preferred ones first: ``zarr``, ``zarr.zip``,
+        Kinds of sources to read, in order of preference: ``zarr``, ``zarr.zip``,
         ``json.gz``, ``CHGCAR``, ``directory`` (one per material, with ``CHGCAR`` or ``rho_22.npy``
         in it). ``auto`` is all of them, in this order, and of directories those of QM9.
     split_file : path, optional
         JSON of task ids or of positions in the map: ``{"train": [...], "validation": [...],
         "test": [...]}``. Replaces ``train_fraction`` and ``random_state``.
     missing : {"error", "zero", "drop"}
-        What becomes of materials that lack a channel, decided before they are split: an error that
-        names them; zeros in that channel; or they are left out of the split.
+        How materials that lack a channel are handled, before the split: an error that lists them,
+        zeros in that channel, or they are left out of the split.
 
     Raises
     ------
@@ -118,11 +118,11 @@ class ZarrS3Reader(StoreReader):
     roles : tuple
         ``("data", "label")``, or ``("data",)`` if both are the same directory.
     channels : tuple of Channel
-        What a sample is made of; each array once if both directories are the same.
+        The channels of a sample; each array once if both directories are the same.
     absences : Absences
-        Which channels the materials lack.
+        The channels that materials lack.
     grids : CachedGrids
-        Which cached densities do not fit each other.
+        The grids of cached densities, to find those that do not fit each other.
     """
 
     _unit = "store"
@@ -174,7 +174,7 @@ class ZarrS3Reader(StoreReader):
         return super().__repr__().removesuffix(")") + cache
 
     def _repr_html_(self) -> str:
-        """As a table, in notebooks. Sends no request."""
+        """Show a table in notebooks. Sends no request."""
         config = self._cache.config
         rows: dict[str, object] = {
             "input": self._urls()[0],
@@ -243,8 +243,9 @@ class ZarrS3Reader(StoreReader):
         return Channel(role if len(self.roles) > 1 else "data", array)
 
     def is_optional(self, role: Role, array: str) -> bool:
-        """Whether materials may lack a channel: not the total density alone, as ever, nor where
-        it would be zero.
+        """Whether materials may lack a channel.
+
+        False if the total density is the only channel, or if zeros would replace it.
         """
         total = (density_array("total"),)
         if self._fills and array in total:
@@ -255,13 +256,13 @@ class ZarrS3Reader(StoreReader):
         )
 
     def lacks(self, task_id: str, role: Role, array: str) -> bool:
-        """As in the base class, found out if it is not known."""
-        if not self._fills or array == density_array("total"):  # which is zero in no material
+        """As in the base class. Asks the origin if it is not known."""
+        if not self._fills or array == density_array("total"):  # never filled with zeros
             return False
         return self.absences.lacks(task_id, Channel(role, array))
 
     def decide(self, task_ids: Sequence[str]) -> Complete:
-        """As in the base class, with the channels that are known or found out before the reads."""
+        """As in the base class. Finds out the channels before the reads if they are not known."""
         return self.absences.decide(task_ids)
 
     @property
@@ -282,7 +283,7 @@ class ZarrS3Reader(StoreReader):
         return self._chosen(role, found)
 
     def _chosen(self, role: Role, found: Mapping[str, str | list[str]]) -> dict[str, str]:
-        """The sources that are read. Which they are where an id has several is said once."""
+        """The sources that are read. Warns once if an id has several sources."""
         url = self._origins[role].url
         if several := several_sources(url, found, self._kinds):
             self._log_once.warning(("sources", url), logger, "%s", several)
@@ -343,8 +344,10 @@ class ZarrS3Reader(StoreReader):
         role: Role,
         read: Callable[[ReadThrough, str], tuple[_Grid, Outcome]],
     ) -> tuple[list[_Grid | None], tuple[int, int, int], Outcome]:
-        """What ``read`` gives for each channel, None for those that are filled with zeros; the grid
-        that they share; and the outcome that cost most.
+        """Call ``read`` for each channel of a material that is not filled with zeros.
+
+        Returns the results, with None for channels of zeros; the grid that the channels share; and
+        the outcome that cost most.
         """
         store = self.store_name(task_id, role)
         grids: list[_Grid | None] = []

@@ -51,7 +51,7 @@ def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     Raises
     ------
     ConfigError
-        The file is absent or holds something else.
+        The file is absent or has other content.
     """
     document = _read_json(
         path,
@@ -77,8 +77,7 @@ def read_file_list(path: str | os.PathLike[str]) -> list[str]:
     Raises
     ------
     ConfigError
-        The file is absent, empty or no text, or a line holds something else than one task id, or
-        an id of another line.
+        The file is absent, empty or not text, or a line is not one task id, or repeats an id.
     """
     raw = _read(path, "file list", "root (or map_dir) to a text file with one task id per line")
     where = f"file list {full_path(path)}"
@@ -115,7 +114,7 @@ def read_file_list(path: str | os.PathLike[str]) -> list[str]:
 
 
 def is_file_list(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a list and not a map: by its name, else by how it begins."""
+    """Whether a file is a list and not a map, by its name, or otherwise by its first bytes."""
     name = os.fspath(path)
     if name.endswith((".txt", ".json", ".gz")):
         return name.endswith(".txt")
@@ -151,9 +150,9 @@ def listed_ids(path: str | os.PathLike[str], functional: str) -> list[str]:
 
 
 def mapped_ids(path: str | os.PathLike[str], functional: str) -> list[str]:
-    """As `listed_ids`, each id once.
+    """Like `listed_ids`, with each id once.
 
-    An id that a map repeats would be drawn for training and for testing; it is named in a warning.
+    An id that a map repeats could be drawn for training and for testing. A warning lists such ids.
     """
     ids = listed_ids(path, functional)
     unique = list(dict.fromkeys(ids))
@@ -247,7 +246,7 @@ def split_ids(
 
 
 def training_count(count: int, train_fraction: Any) -> int:
-    """How many of ``count`` ids are for training. Raises as `split_ids`."""
+    """Number of training ids among ``count`` ids. Raises as `split_ids`."""
     if not count:
         raise ConfigError("Nothing to split: there are no task ids.")
     if train_fraction is None:
@@ -361,9 +360,9 @@ def read_split(
     mapped : sequence of str
         The task ids of the map or file list, exactly as it lists them.
     present : container of str
-        Those that have input and label.
+        Ids that have input and label.
     where : str
-        What ``mapped`` is, for messages: ``"the map map.json.gz (GGA)"``.
+        Name of ``mapped`` in messages: ``"the map map.json.gz (GGA)"``.
 
     Raises
     ------
@@ -436,7 +435,7 @@ def _sides(document: Any, name: str) -> dict[str, list[Any]]:
 def _member(
     entry: Any, key: str, name: str, mapped: Sequence[str], known: Container[str], where: str
 ) -> str:
-    """The task id that an entry of a split file means."""
+    """The task id for an entry of a split file."""
     if isinstance(entry, str):
         if entry in known:
             return entry

@@ -1,4 +1,4 @@
-"""Where the time goes in the processes that read samples, while a monitor is attached.
+"""Measure where the time goes in the processes that read samples, while a monitor is attached.
 
 `Clock` sums it over all processes of a run, in shared memory; `instrument` makes one process add to
 it. In DataLoader workers that is done by the worker itself, so the dataset in the training process
@@ -64,7 +64,7 @@ Part = Literal[
 PARTS: tuple[Part, ...] = get_args(Part)
 #: Parts that sleep for nothing but the disk, or in a hit for the origin.
 _OURS = ("hit", "checksum", "augment", "copy")
-#: Parts that may also sleep for something else.
+#: Parts that may also sleep for other reasons than the disk.
 _USERS = ("transform", "collate", "dataset")
 #: Longest wait of a page fault, seconds. Of pages that are being read ahead the kernel counts only
 #: the first, so there are fewer faults than waits.
@@ -172,7 +172,7 @@ class Clock:
         return found
 
     def begin(self, *, is_read: bool = False) -> int:
-        """A part begins. Pass the result to :meth:`end`."""
+        """Begin a part. Pass the result to :meth:`end`."""
         thread = self._thread()
         frames = thread.frames
         if is_read and frames and frames[-1].is_read:
@@ -191,7 +191,7 @@ class Clock:
         return len(frames) - 1
 
     def end(self, depth: int, part: Part) -> None:
-        """The part that began at ``depth`` ends, and was ``part``."""
+        """End the part that began at ``depth``, and count it as ``part``."""
         thread = self._thread()
         frames = thread.frames
         if depth >= len(frames):  # it began before a fork
@@ -269,7 +269,7 @@ class Clock:
         return {**found, "disk_bytes": news["disk_bytes"]}
 
     def queued_s(self) -> float:
-        """Seconds that the calling thread has stood in the queue for a core."""
+        """Seconds that the calling thread has waited in the queue for a core."""
         return self._thread().queued_ns() / 1e9
 
     def fetched_s(self) -> float:
@@ -277,7 +277,7 @@ class Clock:
         return float(self._table()[:, _COLUMNS.index("fetched")].sum()) / 1e9
 
     def first_after_s(self, start_s: float) -> float | None:
-        """When the first process that began after ``start_s`` (``perf_counter``) began to read."""
+        """First read of a process that started after ``start_s``, both by ``perf_counter``."""
         first = self._table()[:, -1] / 1e9
         later = first[first > start_s]
         return float(later.min()) if len(later) else None
@@ -329,7 +329,7 @@ class InWorker:
 
 
 def instrument(dataset: Any, clock: Clock) -> list[Callable[[], None]]:
-    """Time what a dataset does in this process. Returns what undoes that, to be called in reverse.
+    """Time a dataset in this process. Returns the functions that undo this, to call in reverse.
 
     Of a dataset around ours, what is inside is found through its attributes.
     """
@@ -419,7 +419,7 @@ def _timed_iteration(method: Callable[..., Any], clock: Clock) -> Callable[..., 
 
 
 class Parts(NamedTuple):
-    """What a dataset consists of: datasets of this package, those of the user, and readers."""
+    """The parts of a dataset: datasets of this package, datasets of the user, and readers."""
 
     own: list[Any]
     foreign: list[Any]
@@ -427,7 +427,7 @@ class Parts(NamedTuple):
 
     @classmethod
     def of(cls, root: Any) -> Parts:
-        """What can be reached from a dataset through attributes of datasets.
+        """Find the parts that can be reached from a dataset through attributes of datasets.
 
         Looks at classes, and at attributes that are set: properties and ``__getattr__`` of the user
         may open files, answer every name, or raise.

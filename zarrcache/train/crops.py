@@ -1,4 +1,4 @@
-"""Crops and probes: samples of a part of each grid, of which only that part is read."""
+"""Crops and probes: samples of a part of each grid. Only this part is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SLAB_BYTES, _SMALL_SLAB_BYTES = 400 << 10, 100 << 10
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """Where the points of a downsampled grid are in the cell.
+    """The places of the points of a downsampled grid in the cell.
 
     Attributes
     ----------
@@ -46,11 +46,11 @@ class Points:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Along which axes the last point is as far from the first one as from the one before."""
+        """For each axis, whether the last point is as far from the first as from its neighbour."""
         return tuple(n == self.step * m for n, m in zip(self.whole, self.shape, strict=True))
 
     def ratios(self, finer: Points) -> tuple[int, ...] | None:
-        """How many steps of another grid one step of this one is, if these are whole numbers."""
+        """Steps of a finer grid per step of this grid, along each axis; None if not whole."""
         ratios = []
         for n, m, n_finer, m_finer in zip(
             self.whole, self.shape, finer.whole, finer.shape, strict=True
@@ -68,7 +68,7 @@ class Points:
 
 @dataclass(frozen=True, slots=True)
 class LazyPair:
-    """The grids of a sample, rotated and downsampled as views: nothing of them has been read.
+    """The grids of a sample, rotated and downsampled as views; no values have been read yet.
 
     Attributes
     ----------

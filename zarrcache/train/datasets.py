@@ -57,7 +57,7 @@ Transforms: TypeAlias = Selection | Transform | Sequence[Selection | Transform]
 
 
 def steps_of(transform: Any) -> tuple[Selection | None, tuple[Transform, ...]]:
-    """What ``transform=`` chooses of each sample, and the functions that follow."""
+    """Split ``transform=`` into the selection of points and the functions that follow."""
     # A Sequence: Hydra makes a list of its own type.
     is_several = isinstance(transform, Sequence) and not isinstance(transform, str)
     steps = [*transform] if is_several else [transform]
@@ -176,7 +176,7 @@ class PairDataset(Sender):
         return self._apply(sample, name)
 
     def _apply(self, sample: dict[str, Any], name: str) -> dict[str, Any]:
-        """The sample as the functions of ``transform`` return it."""
+        """Apply the functions of ``transform`` to a sample."""
         result: Any = sample
         for function in self._functions:
             result = function(result)
@@ -192,7 +192,7 @@ class PairDataset(Sender):
     def _selected(
         self, selection: Selection, i: int, name: str, rest: dict[str, Any]
     ) -> dict[str, Any]:
-        """The part of a sample that ``selection`` chooses. Nothing else is read."""
+        """Read only the part of a sample that ``selection`` chooses."""
         grids = self._open(i, 0), self._open(i, 1)
         reason = self._to_tensors.misfit(selection, *(grid.shape[-3:] for grid in grids))
         if reason is not None:
@@ -220,12 +220,12 @@ class PairDataset(Sender):
         return Structure(self._structure_of(task_id))
 
     def _open(self, i: int, field: int) -> LazyGrid | LazyStack:
-        """One side of a sample, of which only what is used will be read."""
+        """Open one side of a sample. Only the values that are used will be read."""
         return LazyGrid(self._read(i, field))
 
     @abstractmethod
     def _read(self, i: int, field: int) -> Grid:
-        """One side of a sample, as the reader has it."""
+        """Read one side of a sample."""
 
 
 class ZarrDataset(PairDataset, Dataset[Sample]):
@@ -364,7 +364,7 @@ class ZarrDataset(PairDataset, Dataset[Sample]):
             self._check_cached(self._selection)
 
     def _check_cached(self, selection: Selection) -> None:
-        """Refuse a selection that does not fit some of the cached grids, and name these."""
+        """Raise if a selection does not fit some of the cached grids. The error lists these."""
         grids = getattr(self.reader, "grids", None)
         reasons = {
             task_id: reason
@@ -382,7 +382,7 @@ class ZarrDataset(PairDataset, Dataset[Sample]):
         return len(self.task_ids)
 
     def _repr_html_(self) -> str:
-        """As a table, in notebooks. Reads nothing."""
+        """Show a table in notebooks. Reads nothing."""
         split = self.split if isinstance(self.split, str) else "task ids"
         first = ", ".join(self.task_ids[:3]) + (", ..." if len(self.task_ids) > 3 else "")
         rows = {"split": split, "samples": f"{len(self):,}", "task_ids": first}
@@ -404,7 +404,7 @@ class ZarrDataset(PairDataset, Dataset[Sample]):
         return cast(Sample, self._sample(i, task_id, index=task_id))
 
     def augment(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Rotate, downsample and cast samples of ``augment_on="device"`` where they lie.
+        """Rotate, downsample and cast samples of ``augment_on="device"`` on their device.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""How long a training waits for data, and for what.
+"""Measure how long a training waits for data, and what it waits for.
 
 In the training process the time in the DataLoader is compared with the time between its batches. In
 the processes that read, the parts of the work are timed by wrappers that exist only while a monitor
@@ -52,7 +52,7 @@ _clocks: WeakKeyDictionary[Any, Clock] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class _Mark:
-    """What the training process has used when it begins to wait or to work."""
+    """Resources used by the training process when it begins to wait or to work."""
 
     wall_s: float
     cpu_s: float
@@ -106,7 +106,7 @@ class Recorder:
         collate = loader.collate_fn
         self._undo.append(lambda: setattr(loader, "collate_fn", collate))
         is_own = getattr(collate, "__module__", "").partition(".")[0] not in ("zarrcache", "torch")
-        # A worker gets it with the loader; all else it does itself, to its own copy.
+        # A worker gets it with the loader, and instruments its own copy of the dataset.
         loader.collate_fn = Timed(collate, self.clock, "collate" if is_own else "copy")
         if loader.num_workers:
             begin = loader.worker_init_fn
@@ -156,11 +156,11 @@ class Recorder:
         )
 
     def interrupt(self) -> None:
-        """Something else comes before the next batch: a validation, a checkpoint."""
+        """Stop the clock until the next batch, for a validation or a checkpoint."""
         self._mark = None
 
     def got_batch(self, batch: Any = None) -> None:
-        """Waiting ends, work begins."""
+        """End the waiting, begin the work."""
         now_s = time.perf_counter()
         if self._mark is not None:
             self._add_wait(self._mark, now_s)
@@ -215,7 +215,7 @@ class Recorder:
         disk_bytes = _device_bytes() - device_bytes
         if self._workers:
             disk_bytes += int(news["disk_bytes"])
-            # What the workers did else: threads copied and pickled, or they had no core.
+            # Other worker time: copying, pickling, waiting for a core.
             for name, found in (("receive", "sent"), ("cores", "queued")):
                 seconds = min(waits["other"], news[found])
                 waits["other"] -= seconds
@@ -249,7 +249,7 @@ class Recorder:
 
     @property
     def verdict(self) -> Verdict:
-        """Of all epochs after the first, or of the first if there is no other.
+        """The verdict for all epochs after the first, or for the first if there is no other.
 
         The first epoch of a cold cache waits for S3 once, which later ones do not repeat.
         """

@@ -88,7 +88,7 @@ class Sources:
         return next(iter(self._random_seeds.values()))
 
     def setting(self, name: str, given: Any, default: Any) -> Any:
-        """A setting that holds for all datasets: as given, or else as the configs say.
+        """Return a setting that all datasets share: the argument, or the value of the configs.
 
         Raises
         ------

@@ -55,7 +55,7 @@ class Precision:
     """Checks the casts of one dataset."""
 
     def __init__(self) -> None:
-        #: Sides of which an underflow was reported.
+        #: Sides with a reported underflow.
         self._underflows: set[int] = set()
 
     def check(self, tensor: torch.Tensor, cast: torch.Tensor, field: int, name: str) -> None:

@@ -240,7 +240,7 @@ class ReadProgress:
     def has_started(self, epoch: int, sample: int, role: int, nth: int = 0) -> bool:
         """Whether the ``nth`` read (from 0) of a sample in an epoch has started.
 
-        Also True for every read of an epoch that is over.
+        Also True for every read of an epoch that has ended.
         """
         return self._is_counted(0, epoch, sample, role, nth)
 

@@ -1,4 +1,4 @@
-"""From a pair of grids to tensors: rotate, downsample, cast to the precision of a training.
+"""Convert a pair of grids to tensors: rotate, downsample, cast to the precision of a training.
 
 The distribution of rotations is that of the original training code: one of three axes with equal
 probability, then 0 quarter turns with probability 10 %, and 1, 2 and 3 quarter turns with 30 %
@@ -145,7 +145,7 @@ class PairToTensors:
     def __call__(
         self, data: Grid, label: Grid, index: int, *, name: str
     ) -> tuple[_TensorAndGrid, _TensorAndGrid, Rotation | None]:
-        """The tensors; and the rotation, where it is left to `on_device`."""
+        """Return the tensors, and the rotation if `on_device` has to apply it."""
         names = f"data of {name}", f"label of {name}"
         rotation = Rotation(0, 0)
         if self.augmentation:
@@ -164,7 +164,7 @@ class PairToTensors:
         return self._tensor(data, 0, names[0]), self._tensor(label, 1, names[1]), None
 
     def _draw(self, index: int) -> tuple[Rotation, tuple[int, ...]]:
-        """The rotation of the next sample, and the key that it was drawn with."""
+        """Draw the rotation of the next sample; return it and its key."""
         if self.rng == "torch":
             # In the order of electrai's loader.
             axis = int(torch.randint(0, 3, ()))
@@ -182,7 +182,7 @@ class PairToTensors:
         name: str,
         structure: Mapping[str, Any] | None,
     ) -> tuple[LazyPair, np.random.Generator]:
-        """The pair, rotated and downsampled as views, and the generator of what is chosen of it."""
+        """Return the pair as rotated, downsampled views, and the generator for the selection."""
         if self.augmentation:
             rotation, key = self._draw(index)
             turn = functools.partial(rotate, rotation=rotation)
@@ -205,7 +205,7 @@ class PairToTensors:
     def misfit(
         self, selection: Selection, data: tuple[int, ...], label: tuple[int, ...]
     ) -> str | None:
-        """Why ``selection`` cannot use grids of these sizes, in any orientation they may get."""
+        """Say why ``selection`` cannot use grids of these sizes in some orientation, or None."""
         for order in _ORIENTATIONS if self.augmentation else _ORIENTATIONS[:1]:
             sides = [
                 self._points(tuple(whole[axis] for axis in order), field)
@@ -222,7 +222,7 @@ class PairToTensors:
         return Points(whole, step, tuple(-(-(n // multiple * multiple) // step) for n in whole))
 
     def unrotated(self, whole: Grid, field: int) -> Grid:
-        """The grid of which `__call__` makes a tensor if no rotation is applied."""
+        """Return the grid that `__call__` converts to a tensor if no rotation is applied."""
         if self.is_deferred:
             return whole
         return np.array(
@@ -245,7 +245,7 @@ class PairToTensors:
     def on_device(
         self, whole: torch.Tensor, rotation: Rotation, field: int, name: str
     ) -> torch.Tensor:
-        """What `__call__` does to a grid, for a tensor on any device."""
+        """Rotate, downsample and cast a tensor on any device, as `__call__` does for a grid."""
         first, second = rotation.plane
         grid = whole.transpose(first, second) if rotation.turns % 2 else whole
         reversed_axes = rotation.reversed_axes
@@ -269,7 +269,7 @@ class PairToTensors:
         return grid
 
     def _whole(self, whole: Grid, field: int, name: str) -> _TensorAndGrid:
-        """A tensor of the grid as it was read, if something will be left of it."""
+        """Return the unchanged grid as a tensor. Raises if downsampling would leave no point."""
         self._downsampled(whole, field, name)
         if not whole.flags.writeable:
             whole = whole.copy()
@@ -316,7 +316,7 @@ class PairToTensors:
 
 
 def kind_name(result: Any) -> str:
-    """What a function returned, for messages."""
+    """Describe the return value of a function, for messages."""
     if isinstance(result, Mapping):
         return f"a mapping with the keys {list(result)}"
     return "None" if result is None else f"a {type(result).__name__}"

@@ -1,4 +1,4 @@
-"""What a training waits for: the times of an epoch, and the conclusion from them."""
+"""Conclude from the times of an epoch what a training waits for."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, floa
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a training waits for.
+    """The conclusion of a monitor: the cause of the waiting, and what to do.
 
     Attributes
     ----------
@@ -229,7 +229,7 @@ _ADVICE: dict[Cause, tuple[str, str]] = {
         ),
     ),
 }
-#: Waiting for something else than a core, which more workers do not make faster.
+#: Waiting that is not for a core. More workers do not make it faster.
 _NOT_CPU = ("S3", "full cache", "peer", "lower", "disk")
 _OF_WORKERS = ("rotation", "transform", "collate", "dataset", "cores", "workers")
 
@@ -242,12 +242,12 @@ def judge(
     revalidate: str = "never",
     cores: int | None = None,
 ) -> Verdict:
-    """Say what a training waits for.
+    """Find what a training waits for.
 
-    It is what the training process waited for most: processes to start, a batch on its way, pages
-    of the disk, or a batch in the making. For the last it is the largest part of the work of the
-    processes that make batches; or too few of them, if that part is work for the CPU and less than
-    half of all.
+    The cause is that of most of the waiting: the start of processes, the transfer of batches, pages
+    on the disk, or batches that were not finished. For unfinished batches, the cause is the largest
+    part of the work of the processes that make them. If this part is CPU work and less than half of
+    all work, there are too few workers.
 
     Parameters
     ----------
@@ -286,7 +286,7 @@ def _part(times: EpochTimes, name: Part) -> float:
 
 
 def _stores_nothing(stats: Stats) -> bool:
-    """Whether hardly a density that was read came from the cache or went into it."""
+    """Whether almost no density that was read came from the cache or was stored in it."""
     others = stats.hits + stats.misses - stats.bypasses  # a bypass is a miss, too
     return stats.bypasses > 9 * others and not stats.byte_hits
 

@@ -1,14 +1,14 @@
-"""Zero-copy transfer from DataLoader workers: send where the values are, map it on arrival.
+"""Zero-copy transfer from DataLoader workers: send the place of the values, map it on arrival.
 
 torch copies a worker's tensor into new shared memory, at about 1 GB/s per worker: for two arrays of
 8 MiB that takes longer than everything else in a warm read. Here
 
 * a tensor over a cache file is sent as the place in that file, which the training process maps, in
   0.1 ms for any size;
-* a tensor with values of its own, rotated, cast, stacked or made by a transform, is in memory that
+* a tensor with new values (rotated, cast, stacked or made by a transform) is in memory that
   both processes have mapped and use again (:mod:`zarrcache._pages`).
 
-Everything else, and whatever finds no room there, is sent by torch.
+torch sends all other values, and those that do not fit in this memory.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Sender(ABC):
     def for_transfer(
         self, tensor: torch.Tensor, grid: NDArray[Any], index: int, field: int
     ) -> torch.Tensor:
-        """``tensor``, which lies over ``grid``, as a subclass that is sent without a copy.
+        """Return ``tensor``, a view of ``grid``, as a subclass that is sent without a copy.
 
         Unchanged outside DataLoader workers.
         """
@@ -194,7 +194,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether shape, strides, type and memory are all there is to it."""
+    """Whether shape, strides, type and memory describe the tensor completely."""
     return (
         tensor.device.type == "cpu"
         and tensor.layout is torch.strided
@@ -206,12 +206,12 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _reduce(tensor: SentTensor) -> tuple[Any, ...]:
-    """Pickle for a worker's queue: where the values are, or else the values."""
+    """Pickle for a worker's queue: the place of the values, or the values themselves."""
     return _place(tensor) or _position(tensor) or (_identity, (_for_torch(tensor),))
 
 
 def _place(tensor: SentTensor) -> tuple[Any, ...] | None:
-    """The place in a file, if the tensor still is the whole entry unchanged."""
+    """Return the place in a file if the tensor still is the whole, unchanged entry."""
     grid, plain = tensor.memory, tensor.plain()
     if (
         tensor.sample is None
@@ -229,7 +229,7 @@ def _place(tensor: SentTensor) -> tuple[Any, ...] | None:
 
 
 def _position(tensor: SentTensor) -> tuple[Any, ...] | None:
-    """The position in the shared pages, which are lent with it."""
+    """Return the position in the shared pages, and lend them."""
     if tensor.sample is not None:
         copied = in_pages(tensor.plain())
         if not isinstance(copied, SentTensor):
