@@ -1,6 +1,6 @@
 """Checksums that Zarr codecs put into stored chunks and shard indexes (``crc32c``, Zarr v3).
 
-zarr checks them too, but cannot tell the byte tier that what it has stored is bad.
+zarr checks them too, but cannot report to the byte tier that a stored block is bad.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_SHARDS = 64
 
 
 class ChunkChecksums:
-    """Checks what is read of the chunks of one array. Safe from any thread.
+    """Checks the bytes that are read of the chunks of one array. Safe from any thread.
 
     Parameters
     ----------

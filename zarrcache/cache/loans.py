@@ -1,4 +1,4 @@
-"""Look-ahead on a full disk: loans are entries in reserved room, each read once and removed."""
+"""Look-ahead on a full disk: loans are entries in reserved bytes, each read once and removed."""
 
 from __future__ import annotations
 

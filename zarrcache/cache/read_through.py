@@ -65,7 +65,7 @@ _STORE_S_PER_BYTE = 1 / (64 * 2**20)
 class _Sought(NamedTuple):
     """A density that the array tier does not have.
 
-    ``listed`` is what the origin has of it now, and ``source`` the digest of that, if it was asked.
+    If the origin was asked, ``listed`` is its present listing, and ``source`` the digest of that.
     """
 
     key: ArrayKey
@@ -228,9 +228,9 @@ class ReadThrough:
         return values, outcome
 
     def open(self, store: str) -> tuple[LazyGrid, Outcome]:
-        """As `read`, for readers of a few values: a hit is decoded where it is used.
+        """Like `read`, for readers of a few values: only the values that are used are decoded.
 
-        ``served_bytes`` counts the values that are taken.
+        ``served_bytes`` counts the values that are used.
         """
         arrays, key = self._arrays, self.key(store)
         is_trusted = self._is_trusted(key)
@@ -314,9 +314,9 @@ class ReadThrough:
     def _stored(
         self, arrays: ArrayCache, entry: Entry, replaces: ArrayKey | None = None
     ) -> tuple[NDArray[np.float32], bool]:
-        """Store a density in the encoding of its key, and return what every later hit returns.
+        """Store a density in the encoding of its key, and return the values of every later hit.
 
-        Also if it is not admitted: a training must not depend on what the disk has room for.
+        If it is not admitted, the values are the same: a training must not depend on free bytes.
         """
         if self._encoding != FLOAT32 and entry.header.stored_as is None:
             key = entry.header.key
@@ -334,7 +334,7 @@ class ReadThrough:
         return (mapped or entry).array, mapped is not None
 
     def _flight_of(self, key: ArrayKey, store: str) -> str:
-        """Whose lock a fetch holds: one for all arrays of a source that is fetched whole."""
+        """The lock that a fetch holds: one for all arrays of a source that is fetched whole."""
         if not self._siblings or not is_fetched_whole(store):
             return key.digest
         first = min(self._array, *self._siblings)
@@ -376,7 +376,7 @@ class ReadThrough:
         return _Found(values, outcome, header.flaws, header.source)
 
     def _report(self, key: ArrayKey, flaws: Flaws, on_flaws: OnFlaws | None) -> None:
-        """Say what is wrong with a density, or raise if the settings do not allow it.
+        """Report the flaws of a density, or raise if the settings do not allow them.
 
         Raises
         ------
@@ -405,7 +405,7 @@ class ReadThrough:
             on_flaws(flaws)
 
     def source(self, store: str) -> str | None:
-        """Digest of the objects of the density that the last read gave, or that the next one gives.
+        """Digest of the objects of the density that was read last, or that the next read returns.
 
         None: it is not cached, or the next read compares it with the origin.
         """
@@ -422,7 +422,7 @@ class ReadThrough:
         return source
 
     def last_source(self, store: str) -> str | None:
-        """`source` of the last read, as far as it is remembered."""
+        """`source` of the last read, if it is remembered."""
         return self._sources.get(store)
 
     def source_in(self, store: str, listed: Sequence[ObjectInfo]) -> str:
@@ -441,7 +441,7 @@ class ReadThrough:
         return values, Flaws(*found) if any(found) else SOUND
 
     def _below(self, *, relist: bool) -> Origin:
-        """What is below the array tier: the byte tier over the origin, or the origin."""
+        """The source below the array tier: the byte tier over the origin, or the origin."""
         config = self._cache.config
         if config is None or not config.bytes.enabled:
             return self._origin
@@ -485,9 +485,9 @@ class AttributesThrough:
         return self._stored(store, [density.source(store) for density in self._densities])
 
     def read(self, store: str) -> StoreAttributes:
-        """The attributes of a store: stored ones, or from the origin, and then they are stored.
+        """The attributes of a store: the stored ones, or those of the origin, which it stores.
 
-        Without the array tier they come from where the densities do.
+        Without the array tier they come from the same place as the densities.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""The array tier: decoded arrays, memory-mapped on a hit; and what both tiers have.
+"""The array tier: decoded arrays, memory-mapped on a hit; and the base class of both tiers.
 
 `Tier` stores a file within the limit, verifies it once per run, and drops it. A cache fault (full
 disk, broken index, deleted directory) is handled here: it is counted, logged once per kind, and
@@ -436,7 +436,7 @@ class ArrayCache(Tier):
 def file_id_of(digest: str, filename: str, written: int) -> str:
     """32 hex digits that identify one file.
 
-    They change when the entry is stored again, and when something else replaces the file or writes
+    They change when the entry is stored again, and when another program replaces the file or writes
     to it (``written``: its `written_stamp`).
     """
     return f"{digest[:24]}{zlib.crc32(filename.encode(), written):08x}"

@@ -408,7 +408,7 @@ def open_store(
 def store_at(
     url: str | os.PathLike[str], cache: Cache, s3_kwargs: Mapping[str, Any] | None = None
 ) -> CachedStore:
-    """As :func:`open_store`, through an open cache."""
+    """Like :func:`open_store`, through an open cache."""
     parent, _, name = _clean(url).rpartition("/")
     if not name or parent.endswith("/"):  # "/" or s3://bucket
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 some failed, 2 wrong usage or settings, 130 Ctrl-C, 143 SIGTERM.
 
-``--quiet`` does not change stdout. On stderr it leaves prompts, errors and what failed.
+``--quiet`` does not change stdout. On stderr it keeps prompts, errors and failures.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
 
 
 def _in_words(exc: Exception) -> tuple[str, int]:
-    """What an error of ours, or a fault of the machine, says, and the exit code."""
+    """The message for an error of ours or a fault of the machine, and the exit code."""
     if isinstance(exc, ZarrCacheError):
         # A directory or bucket that does not exist is a wrong argument or setting.
         return str(exc), 2 if isinstance(exc, (ConfigError, OriginNotFoundError)) else 1
@@ -181,7 +181,7 @@ def show_table(rows: Sequence[Sequence[str]], *, numeric: bool = False) -> None:
 
 
 def say(line: str, *, always: bool = False) -> None:
-    """Print a message on stderr; with ``--quiet`` only an error or what failed (``always``)."""
+    """Print a message on stderr; with ``--quiet`` only errors and failures (``always``)."""
     if always or not is_quiet():
         print(line, file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""``zarrcache audit``: bad pairs, before a training meets them."""
+"""``zarrcache audit``: find bad pairs before a training."""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ _NORMALIZED = {
 
 
 def entries_by_kind(entries: Iterable[Row]) -> str:
-    """What entries hold, each kind with its number."""
+    """The number of entries of each kind."""
     from zarrcache.disk import ARRAY, LISTING
 
     numbers: Counter[tuple[str, str]] = Counter()

@@ -218,7 +218,7 @@ def _say_problems(results: Sequence[ConvertResult]) -> None:
 
 
 def format_convert_plan(plan: ConvertPlan) -> str:
-    """For ``convert --dry-run``: a summary, and each file below its task id."""
+    """Text for ``convert --dry-run``: a summary, and each file with its task id."""
     already = f"; {len(plan.skipped):,} converted already" if plan.skipped else ""
     summary = (
         f"Would convert {counted(len(plan.files), 'file')} "

@@ -141,7 +141,7 @@ def show_panels(rows: Sequence[Sequence[Panel]]) -> None:
 
 
 def _picture(colours: NDArray[np.uint8], has_colour: bool) -> Text:
-    """Text of which each line shows two rows of points."""
+    """Text in which each line shows two rows of points."""
     from rich.text import Text
 
     lines = []

@@ -1,4 +1,4 @@
-"""``zarrcache top``: what the processes of this node do with a cache, while they do it."""
+"""``zarrcache top``: the present use of a cache by the processes of this node."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _on_each_node(dask: str, config: Path, options: Mapping[str, object], *, as_
 
 
 def nothing_selected(plan: WarmPlan, split: str) -> str:
-    """Why ``warm`` has no ids to fetch."""
+    """Say why ``warm`` has no ids to fetch."""
     reader = plan.reader
     if reader.if_missing == "drop" and reader.stored_ids:
         return (
@@ -297,7 +297,7 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
 
 
 def warm_errors(plan: WarmPlan, report: WarmReport) -> list[str]:
-    """Why ``warm`` fails, beside densities that cannot be read, one per line."""
+    """Reasons for a failed ``warm``, besides densities that cannot be read, one per line."""
     if report.stats.cache_errors:
         times = counted(report.stats.cache_errors, "time")
         advice = "Run `zarrcache doctor` with the same config."

@@ -132,7 +132,7 @@ def write_all(file: FileIO, buffer: memoryview) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file of the user's, completely or not at all, or say why it cannot be written.
+    """Write an output file of the user, completely or not at all, or raise with the reason.
 
     A device or a pipe is written to, not replaced. A link stays, and a file keeps its permissions.
     """
@@ -182,7 +182,7 @@ def partials_of(name: str, owner: str, dir_fd: int) -> list[str]:
 
 
 def sweep_hidden(directory: Path, is_ours: Callable[[str], bool]) -> list[Path]:
-    """Remove partial files of dead writers, and put back what one of them had moved aside.
+    """Remove partial files of dead writers, and put back stores that they had moved aside.
 
     Parameters
     ----------

@@ -40,7 +40,7 @@ _TAG = (
 _OTHERS_WRITE = 0o002
 #: Flags to open a directory. O_NOFOLLOW: a link in its place was planted.
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-#: A directory was removed, or something else was put in its place.
+#: A directory was removed or replaced.
 _GONE = (FileNotFoundError, NotADirectoryError)
 #: SQLite opens these beside the index.
 _SIDE_FILES = ("", "-wal", "-shm", "-journal")

@@ -65,7 +65,7 @@ _STEP32 = -149
 
 @dataclass(frozen=True, slots=True)
 class StoredAs:
-    """How the payload of an entry encodes its values.
+    """The encoding of the payload of an entry.
 
     Attributes
     ----------
@@ -93,7 +93,7 @@ _converters: list[Converter] = []
 def use_converter(converter: Converter) -> None:
     """Decode float16 and bfloat16 by ``converter`` from now on. The values are the same.
 
-    For torch, which this room does not import.
+    For torch, which this package does not import.
     """
     _converters[:] = [converter]
 
@@ -115,7 +115,7 @@ def is_by_value(stored_as: StoredAs) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LazyGrid:
-    """A density of which only the values that are used are read and decoded.
+    """A density that reads and decodes only the values that are used.
 
     ``grid[index]`` takes what numpy takes; it returns a new array of float32, with the values of
     the whole decoded density.
@@ -140,7 +140,7 @@ class LazyGrid:
         return self.stored.shape
 
     def view(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> LazyGrid:
-        """The grid whose stored values are a view that ``change`` makes of those of this one."""
+        """Return a grid of the same values, seen through the view that ``change`` returns."""
         return LazyGrid(change(self.stored), self.stored_as, self.count)
 
     def decoded(self, picked: NDArray[Any]) -> NDArray[np.float32]:
@@ -172,14 +172,14 @@ class LazyStack:
         return (len(self.channels), *self.channels[0].shape)
 
     def view(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> LazyStack:
-        """As `LazyGrid.view`; ``change`` is called with each channel, and leaves other axes than
-        the last three alone.
+        """Like `LazyGrid.view`. ``change`` is called with each channel, and changes only the last
+        three axes.
         """
         return LazyStack(tuple(channel.view(change) for channel in self.channels))
 
     def __getitem__(self, index: Any) -> NDArray[np.float32]:
-        """What the whole array has there. An index that begins with a number or a slice reads
-        nothing else; any other reads the whole array.
+        """Return the values at an index. An index that begins with a number or a slice reads only
+        these values; other indices read the whole array.
         """
         index = index if isinstance(index, tuple) else (index,)
         first = index[0] if index else ...
@@ -199,7 +199,7 @@ def _with_axis(grid: NDArray[Any]) -> NDArray[Any]:
 
 
 def _first_axis(shape: tuple[int, ...], index: tuple[Any, ...]) -> int:
-    """Where the first axis of an array of this shape is in what ``index`` takes of it.
+    """The place of the first axis of an array of this shape in ``array[index]``.
 
     Arrays of indices that are not side by side move their axes to the front.
     """

@@ -172,7 +172,7 @@ class EntryHeader:
 
     @property
     def offset(self) -> int:
-        """Where the payload starts, bytes."""
+        """Offset of the payload in bytes."""
         return len(encode_header(self))
 
     @property

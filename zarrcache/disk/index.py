@@ -87,7 +87,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """Room reserved for one file that is about to be written."""
+    """Bytes reserved for one file that is about to be written."""
 
     key: str
     filename: str
@@ -243,9 +243,9 @@ class Index:
         return [(set(of_prefix), sum(of_prefix.values())) for of_prefix in sizes]
 
     def array_names(self, prefix: str) -> set[str]:
-        """What follows the name of the store in the notes that begin with ``prefix``.
+        """The texts after the name of the store in notes that begin with ``prefix``.
 
-        These are few, so this takes one pass over the table, whatever the number of entries.
+        There are few different texts, so this takes one pass over the table.
         """
         rows = self._ask(
             "SELECT DISTINCT substr(name, instr(name, char(10)) + 1) FROM (SELECT "
@@ -296,7 +296,7 @@ class Index:
         return self._file.is_read_only
 
     def on_disk_bytes(self, nbytes: int) -> int:
-        """Room to reserve for a file of ``nbytes``: what it will occupy on disk, at most.
+        """Bytes to reserve for a file of ``nbytes``: the most that it can occupy on disk.
 
         The allocation unit is that of this file system (64 KiB on some), not a constant.
         """
@@ -396,7 +396,7 @@ class Index:
         return self._drop([(digest, filename, None) for digest in digests])
 
     def drop_rows(self, rows: Sequence[Row]) -> int:
-        """As :meth:`drop`, but keep an entry that has been stored again since its row was read."""
+        """Like :meth:`drop`, but keep an entry that was stored again after its row was read."""
         return self._drop([(row.digest, row.filename, row.stored_s) for row in rows])
 
     def _drop(self, entries: Sequence[tuple[str, str | None, float | None]]) -> int:
@@ -421,7 +421,7 @@ class Index:
         return self.volume_bytes() + size_bytes - self._config.limit
 
     def sweep(self) -> int:
-        """Unlink what dead owners were writing or deleting. Returns the number of files."""
+        """Unlink files that dead owners were writing or deleting. Returns their number."""
         if self.is_read_only:
             return 0
         now_s = time.time()
@@ -514,7 +514,7 @@ class Index:
         return outcome
 
     def _make_room(self, filename: str, size_bytes: int) -> bool:
-        """Drop what the eviction policy chooses. False if it chooses none."""
+        """Drop the entries that the eviction policy chooses. False if it chooses none."""
         needed_bytes = self.shortfall_bytes(size_bytes)
         if needed_bytes <= 0:  # another process has made room
             return True

@@ -180,7 +180,7 @@ def is_resident(address: int, nbytes: int) -> bool:
 
 
 def is_mapped(array: np.ndarray[Any, Any]) -> bool:
-    """Whether this module mapped the array, or the one of which it is a view."""
+    """Whether this module mapped the array, or the array that it is a view of."""
     return _mapping_of(array) is not None
 
 

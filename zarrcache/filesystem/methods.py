@@ -211,7 +211,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         on_error: Any = "omit",
         **kwargs: Any,
     ) -> Iterator[Any]:
-        """As in fsspec, except that ``on_error="omit"`` omits only what is not there."""
+        """As in fsspec, except that ``on_error="omit"`` omits only paths that do not exist."""
         path = self._plain_path(path)
         self._refuse_root(path)
         if on_error == "omit":
@@ -396,7 +396,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
     clear_cache = clear_expired_cache = pop_from_cache = cache_size = _refuse_eviction
 
     def sign(self, path: str, expiration: int = 100, **kwargs: Any) -> NoReturn:
-        """Refused: a signed URL would go past the cache."""
+        """Raise: a signed URL would bypass the cache."""
         raise NotImplementedError(
             f"zarrcache::{path} has no signed URL. Sign it with s3fs.S3FileSystem."
         )
@@ -427,7 +427,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         return names
 
     def _info(self, name: str, obj: ObjectInfo | None) -> dict[str, Any]:
-        """What fsspec says of a file, or of a directory (None)."""
+        """The ``info`` of fsspec for a file, or for a directory (None)."""
         if obj is None:
             return {"name": name, "size": 0, "type": "directory"}
         etag = f'"{obj.etag}"' if self._is_s3 and '"' not in obj.etag else obj.etag

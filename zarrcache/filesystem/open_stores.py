@@ -31,7 +31,7 @@ _MAX_INVALIDATED = 1000
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a path is.
+    """The place of a path.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""From a path to its bytes: the origin, the store that contains it, its version, what is absent."""
+"""Resolve a path to its bytes: its origin, store and version, or the error if it is absent."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Found:
 
 
 class Places:
-    """Finds and reads what paths name. Paths have no protocol; ``""`` and ``/`` are the root.
+    """Finds and reads files by their paths, without protocol; ``""`` and ``/`` are the root.
 
     Parameters
     ----------

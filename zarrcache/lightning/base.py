@@ -1,4 +1,4 @@
-"""What both data modules have: hyperparameters without secrets, splits that all ranks share."""
+"""The base class of both data modules: no secrets in hyperparameters, equal splits on all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of this node do with a cache at present (``zarrcache top``)."""
+"""Show the present use of a cache by the processes of this node (``zarrcache top``)."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class Activity:
 
 
 class Monitor:
-    """Reads the counters of other processes; they are neither asked nor interrupted.
+    """Reads the counters of other processes without interrupting them.
 
-    Without ``has_settings`` only the directory is known, and the limit in ``config`` is a mere
+    Without ``has_settings`` only the directory is known, and the limit in ``config`` is only a
     default.
     """
 

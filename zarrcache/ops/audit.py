@@ -66,7 +66,7 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a material."""
+    """A problem of a material."""
 
     #: A key of `KINDS`.
     kind: str
@@ -85,7 +85,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found: the pairs that were examined, and their size in memory."""
+    """The result of an audit: the pairs that were examined, and their size in memory."""
 
     materials: int
     nbytes: int
@@ -107,7 +107,7 @@ class AuditReport:
 
 @dataclass(slots=True)
 class _Density:
-    """What is kept of a density."""
+    """The values of a density that an audit keeps."""
 
     gridsize: tuple[int, ...]
     nbytes: int
@@ -294,7 +294,7 @@ def _density(
 
 
 def _compare(task_id: str, data: _Density, label: _Density) -> Iterator[Finding]:
-    """Examine what a pair has to agree in."""
+    """Compare input and label of a pair."""
     ratios = {max(pair) / min(pair) for pair in zip(data.gridsize, label.gridsize, strict=True)}
     is_coarser = {one < other for one, other in zip(data.gridsize, label.gridsize, strict=True)}
     if len(ratios) > 1 or ratios.pop() % 1 or len(is_coarser) > 1:

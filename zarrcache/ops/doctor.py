@@ -89,7 +89,7 @@ class Finding:
 
 
 def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]:
-    """Run every check that ``config`` allows. Creates the cache directory and nothing else.
+    """Run every check that ``config`` allows. It writes nothing except the cache directory.
 
     Versions are always checked, the cache directory with either config, and the origin with a
     DataConfig.

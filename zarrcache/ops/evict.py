@@ -29,7 +29,7 @@ class EvictPlan:
     directory : Path
         Root of the cache.
     absent : tuple of str
-        The given ids of which nothing is cached.
+        The given ids without any entry.
     """
 
     entries: tuple[Row, ...]
@@ -139,7 +139,7 @@ def plan_evict(
     absent = tuple(task_id for task_id in ids or () if task_id not in cached)
     if stale or older_than_s is not None or target_bytes is not None:
         # A stored listing takes few bytes, and without it no training starts offline: it is
-        # dropped only together with everything else.
+        # dropped only together with all other entries.
         rows = [row for row in rows if row.kind != LISTING]
     if older_than_s is not None:
         rows = [row for row in rows if time.time() - row.stored_s >= older_than_s]

@@ -120,12 +120,12 @@ class Forecast:
         return sum(epoch.hit_ratio for epoch in tail) / len(tail)
 
     def cold_dollars(self, densities: int) -> float:
-        """What it costs to read densities of the mean size at the origin, in the currency."""
+        """Cost of reading densities of the mean size at the origin, in the currency."""
         nbytes = self.stored_bytes / self.densities
         return densities * _dollars(self.prices, self.lists, self.gets, nbytes)
 
     def paid_dollars(self, densities: int, requests: int, nbytes: int) -> float:
-        """What counted requests and bytes cost; of the requests, LISTs as measured per density."""
+        """Cost of counted requests and bytes, with the measured number of LISTs per density."""
         lists = min(float(requests), densities * self.lists)
         return _dollars(self.prices, lists, requests - lists, nbytes)
 
@@ -479,7 +479,7 @@ def _steady(found: list[list[Epoch]]) -> float:
 
 
 def _sampled(reader: ZarrS3Reader) -> int:
-    """How many densities are measured: about 64 of those that have to be fetched whole."""
+    """Number of densities to measure: about 64 of those that have to be fetched whole."""
     names = [name for role in reader.roles for name in reader.store_names(role).values()]
     share = sum(map(is_fetched_whole, names)) / max(1, len(names))
     return min(SAMPLED, int(SAMPLED_WHOLE / share)) if share else SAMPLED

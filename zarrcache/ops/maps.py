@@ -1,4 +1,4 @@
-"""Make a map file from what directories hold (``zarrcache map``)."""
+"""Make a map file from the names in directories (``zarrcache map``)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["FoundIds", "find_ids", "write_map"]
 
 @dataclass(frozen=True)
 class FoundIds:
-    """The task ids of which every directory has a source, and what is left out."""
+    """The task ids with a source in every directory, and the ids that are left out."""
 
     #: Sorted; the numbers in them by value, ``mp-2`` before ``mp-10``.
     ids: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The page of ``zarrcache report``: recorded epochs, cost, and what another cache would change."""
+"""The page of ``zarrcache report``: recorded epochs, cost, and the effect of another cache."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class RecordedRun:
 
     @property
     def verdict(self) -> Verdict:
-        """Of the epochs after the first, or of the first if there is no other."""
+        """The verdict for the epochs after the first, or for the first if there is no other."""
         return judge(
             _sum(self.epochs[1:] or self.epochs),
             workers=self.workers,
@@ -101,7 +101,7 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class RecordedRuns:
-    """What the directory of a cache tells about earlier runs."""
+    """The records of earlier runs in the directory of a cache."""
 
     #: From the one whose last epoch ended last to the oldest.
     runs: tuple[RecordedRun, ...]
@@ -115,7 +115,7 @@ class RecordedRuns:
 
 
 def read_runs(cache: CacheConfig) -> RecordedRuns:
-    """Read the recorded runs of a cache. Damaged lines are left out and named in the notes."""
+    """Read the recorded runs of a cache. Damaged lines are left out; the notes list them."""
     root = CacheDir(cache.dir).root
     runs, notes = [], []
     try:

@@ -1,6 +1,6 @@
 """The sample configs: read from the installation, filled in, and turned into a JSON schema.
 
-What each key means is written once, in the comments of ``configs/s3_cached.yaml``.
+The comments of ``configs/s3_cached.yaml`` are the only description of the keys.
 """
 
 from __future__ import annotations

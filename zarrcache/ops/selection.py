@@ -84,12 +84,12 @@ LISTERS = 32
 
 
 def all_pairs(reader: ZarrS3Reader) -> list[str]:
-    """The task ids of a config that have input and label, whatever channels they have.
+    """The task ids of a config that have input and label, with or without all channels.
 
     Raises
     ------
     ConfigError
-        There is none: a report on nothing would read as if all were well.
+        There is none: an empty report would look like a good one.
     """
     if not reader.stored_ids:
         directories = " and ".join(dict.fromkeys(reader.origin(role).url for role in ROLES))
@@ -143,7 +143,7 @@ def _is_there(root: Path) -> bool:
 
 
 class Compared(NamedTuple):
-    """An entry of the array tier, and what the origin says about its density now."""
+    """An entry of the array tier, and the present state of its density at the origin."""
 
     row: Row
     #: It is of another version, or the origin no longer has the store.
@@ -400,11 +400,11 @@ def concurrently(
     *,
     threads: int = LISTERS,
 ) -> Iterator[Iterator[R]]:
-    """Call ``ask(item)`` for each item, many at once: ``with`` it, iterate over the answers, in the
-    order of the items.
+    """Call ``ask(item)`` for many items at once. A context manager.
 
-    After each, ``progress`` gets the number of those done, and of all. At the end (also after an
-    error or Ctrl-C) calls that have not started are cancelled.
+    It gives an iterator over the answers, in the order of the items. After each answer,
+    ``progress`` gets the number of answers and of items. At the end (also after an error or Ctrl-C)
+    calls that have not started are cancelled.
     """
 
     def answers() -> Iterator[R]:

@@ -184,7 +184,7 @@ def verify(
 
 
 class _Findings:
-    """What is wrong with the entries of a cache, by the names of `VerifyReport`.
+    """The problems of the entries of a cache, by the names of `VerifyReport`.
 
     With ``fills`` absent chunks are not a flaw (``cache.missing_chunks: fill``).
     """
@@ -268,8 +268,9 @@ class _Findings:
 
 
 def _exceeds(selection: Selection, row: Row) -> str:
-    """How a rounded entry differs from the origin by more than its bound; empty if it does not, or
-    was evicted meanwhile.
+    """Describe how a rounded entry exceeds its error bound.
+
+    Empty if it does not, or if the entry was evicted meanwhile.
     """
     try:
         entry = map_entry(selection.index.dir.root / row.filename)
@@ -284,7 +285,7 @@ def _exceeds(selection: Selection, row: Row) -> str:
 
 
 class _Checked(NamedTuple):
-    """What an intact entry holds."""
+    """The content of an intact entry."""
 
     flaws: Flaws
     #: The mean of its values, times the points if it is per point; None if it holds no electrons.

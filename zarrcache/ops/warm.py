@@ -62,7 +62,7 @@ _STOP_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class WarmEstimate:
-    """What a plan would fetch, from listings alone.
+    """An estimate of the fetches of a plan, from listings alone.
 
     Attributes
     ----------
@@ -79,7 +79,7 @@ class WarmEstimate:
     lacking : tuple of str
         Ids of those compared that lack a channel; ``missing`` fills it or leaves them out.
     unread : int
-        Files and zipped stores of those compared of which a listing does not show whether they have
+        Compared files and zipped stores. A listing does not show whether they have
         all channels.
     refusal : str
         As in `WarmReport`.
@@ -205,9 +205,9 @@ class WarmPlan:
         *,
         engine: Engine | None = None,
     ) -> WarmReport:
-        """Fetch what is not fresh.
+        """Fetch densities that are not fresh.
 
-        A density that cannot be read is named in the report; the others are fetched nevertheless.
+        The report lists densities that cannot be read; the others are fetched.
         After an interruption (Ctrl-C, kill), run the same plan again: stored densities are not
         fetched a second time.
 
@@ -405,7 +405,7 @@ def plan_warm(
 def _in_order(
     reader: ZarrS3Reader, channels: Sequence[Channel], densities: Sequence[Density]
 ) -> Sequence[Density]:
-    """Put first what saves requests, or makes room, for the others."""
+    """Put densities first that save requests for the others, or free bytes."""
     if len(channels) > len(reader.roles):
         # The first array of a file or a zipped store brings the others.
         firsts = {channel.role: channel.array for channel in reversed(channels)}
@@ -414,7 +414,7 @@ def _in_order(
         )
     assert reader.cache_config is not None
     if reader.cache_config.arrays.encoding != FLOAT32:
-        # Encoding an entry in float32 makes room for the others.
+        # Encoding an entry in float32 frees bytes for the others.
         in_float32 = reader.stored(in_float32=True)
         densities = sorted(densities, key=lambda one: one[0] not in in_float32[Channel(*one[1:])])
     return densities
@@ -437,9 +437,9 @@ def _is_whole(reader: ZarrS3Reader, density: Density) -> bool:
 
 
 def _split_of(reader: ZarrS3Reader) -> tuple[list[str], list[str]]:
-    """Training and test ids, whose channels this run finds out, unless the split depends on them.
+    """Training and test ids. This run finds out their channels, unless the split depends on them.
 
-    The latter asks the origin for those that are neither cached nor known.
+    If it does, the origin is asked for channels that are neither cached nor known.
     """
     return reader.split_task_ids(decided=reader.if_missing == "drop")
 
@@ -513,8 +513,8 @@ class _Warmer:
     def _drop(self, density: Density) -> None:
         """Drop a stale entry, so that training does not read it as fresh.
 
-        One of an array that the store has no more would be a channel beside those of another
-        version.
+        If the store no longer has the array, the entry would be a channel of another version than
+        the others.
         """
         key = self._reader.key(*density)
         keys = (key,) if key.exact is None else (key, key.exact)

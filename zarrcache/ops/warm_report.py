@@ -1,4 +1,4 @@
-"""What a warm-up has done: the outcome of each density, and the report on all of them."""
+"""The results of a warm-up: the outcome of each density, and the report on all of them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class WarmReport:
     ids : int
         Task ids of the plan.
     warm : int
-        Ids of which every channel of input and label is cached, in the origin's present version, or
+        Ids with every channel of input and label cached, in the origin's present version, or
         filled with zeros (``missing: zero``).
     fresh : int
         Ids among them that were cached before the run.
@@ -109,7 +109,7 @@ class WarmReport:
         ``cache.missing_chunks: fill``), or values that are NaN or infinite.
     refusal : str
         The error with which the training refuses the config, because materials lack channels;
-        empty if it does not, as far as this run has found out.
+        empty if it does not, or if this run has not found out.
     """
 
     ids: int
@@ -131,11 +131,11 @@ class WarmReport:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing failed, at least one id is warm, all values are finite, and the training
-        takes the config.
+        """Whether the warm-up succeeded.
 
-        Ids that ``cache.limit`` has no room for are not failures, because the limit is the user's
-        choice, unless none fits; nor are filled chunks. Ids that the disk has no room for are.
+        Nothing failed, at least one id is warm, all values are finite, and the training accepts the
+        config. Ids beyond ``cache.limit`` are not failures, because the limit is the user's choice,
+        unless no id fits. Filled chunks are not failures. Ids that do not fit on the disk are.
         """
         is_useful = self.warm > 0 or not (self.ids or self.lacking)
         is_useful = is_useful and not self.is_disk_full
@@ -149,7 +149,7 @@ class WarmReport:
         return tuple(dict.fromkeys(result.task_id for result in self.failed))
 
 
-#: Bytes of which an encoding takes a whole number: for its ratio, without rounding.
+#: Bytes that every encoding divides without a remainder: for its ratio, without rounding.
 _POINTS = 32
 _OUTCOMES = ("untried", "hit", "miss", "bypass", "failed", "absent")
 _UNTRIED, _HIT, _MISS, _BYPASS, _FAILED, _ABSENT = range(6)

@@ -43,7 +43,7 @@ _OF_OBSTORE = (
 
 @dataclass(frozen=True)
 class S3Settings:
-    """How botocore sends requests to one bucket.
+    """The settings of botocore's requests to one bucket.
 
     Attributes
     ----------
@@ -78,9 +78,9 @@ _ANSWERS_KEPT = 64
 
 
 def _asked_once(ask: Callable[..., T]) -> Callable[..., T]:
-    """Keep the answers of this process: the directories of a reader have the same settings.
+    """Cache the answers in this process: the directories of a reader have the same settings.
 
-    A question has everything that botocore reads: the environment and both files.
+    The key of the cache has all inputs of botocore: the environment and both files.
     """
 
     @functools.wraps(ask)
@@ -139,7 +139,7 @@ def configured_endpoint(kwargs: Mapping[str, Any]) -> tuple[str | None, str]:
 
 @_asked_once
 def settings_of(kwargs: Mapping[str, Any], bucket: str, region: str | None = None) -> S3Settings:
-    """How requests to ``bucket`` are sent.
+    """Let botocore resolve the settings of requests to ``bucket``.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def settings_of(kwargs: Mapping[str, Any], bucket: str, region: str | None = Non
         As for ``s3fs.S3FileSystem``.
     bucket : str
     region : str, optional
-        The bucket's region, if it is known; else it is the configured one.
+        The bucket's region, if it is known. Default: the configured one.
 
     Raises
     ------
@@ -186,7 +186,7 @@ def settings_of(kwargs: Mapping[str, Any], bucket: str, region: str | None = Non
 
 
 def trusted_by(kwargs: Mapping[str, Any]) -> bool | str:
-    """How botocore checks certificates, which a client does not show. A string is a file's path.
+    """How botocore checks certificates, which a client does not show. A string is a path.
 
     Raises
     ------

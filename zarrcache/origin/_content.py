@@ -94,15 +94,15 @@ def etag_in(version: str) -> str:
 
 
 def md5_in(version: str) -> str | None:
-    """The MD5 that a version may be: 32 hexadecimal digits, in lower case; else None."""
+    """The MD5 that a version may be: 32 hexadecimal digits, in lower case; or None."""
     return version.lower() if len(version) == 32 and _HEX.fullmatch(version) else None
 
 
 def is_same_version(listed: ObjectInfo, received: Received) -> bool:
-    """Whether an answer is of the listed version, as far as it says.
+    """Whether an answer is of the listed version, by its own headers.
 
     ETags are compared if both are known, modification times otherwise. If the server gives neither,
-    only the size can tell versions apart.
+    versions differ only by their size.
     """
     etag = etag_in(listed.etag)
     if etag and received.etag:
@@ -168,7 +168,7 @@ class ContentCheck:
         Parameters
         ----------
         stuck : sequence of ObjectInfo
-            Not encrypted with a key, as far as the server says.
+            The server does not report them as encrypted with a key.
         sample : sequence of ObjectInfo
             Others that were read and do not match either.
         where : str
@@ -239,7 +239,7 @@ class CheckedReads:
         self._has_two_tags = False  # the ETags of its answers are not those of its listings
 
     def below(self, path: str) -> CheckedReads:
-        """Those of a prefix below this one, with what is known of the server."""
+        """Reads below a longer prefix, with the same knowledge about the server."""
         reads = copy.copy(self)
         reads._prefix, reads._url = f"{self._prefix}{path}/", f"{self._url}/{path}"
         return reads
@@ -501,7 +501,7 @@ class CheckedReads:
         return not self._has_two_tags and is_same_date(obj, received)
 
     def _is_same(self, obj: ObjectInfo, received: Received) -> bool:
-        """Whether an answer is of the listed version, as far as it says."""
+        """Whether an answer is of the listed version, by its own headers."""
         return (is_same_date if self._has_two_tags else is_same_version)(obj, received)
 
     def _is_still_current(self, obj: ObjectInfo) -> bool:

@@ -284,7 +284,7 @@ class S3Bucket:
         )
 
     def settings(self) -> S3Settings:
-        """How botocore would send requests to this bucket, in this process.
+        """Settings of botocore's requests to this bucket, in this process.
 
         Raises
         ------

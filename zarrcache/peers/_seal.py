@@ -117,7 +117,8 @@ class Sender:
     Attributes
     ----------
     ahead_s : float
-        Seconds by which the server's clock is ahead of this one, as far as they matter.
+        Seconds by which the server's clock is ahead of this one; 0.0 until the server has sent its
+        time, which it does if the difference matters.
     """
 
     ahead_s: float = 0.0

@@ -345,7 +345,7 @@ class Peers:
                 return
 
     def _is_served(self, home: str) -> bool:
-        """Whether the other nodes can get entries from this one, as far as it knows.
+        """Whether the other nodes can get entries from this one, by its last check.
 
         Its own server is checked every 5 s at most. If it does not answer, this node still gets
         entries from others, but the next node that misses an entry that this one has fetched has to

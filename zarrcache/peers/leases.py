@@ -89,7 +89,7 @@ class Leases:
         self._holders: dict[str, tuple[str, ...]] = {}
 
     def holder(self, digest: str) -> str | None:
-        """The node that has the entry, as far as this home knows."""
+        """The node that has the entry, if this home knows one."""
         return next(iter(self._holders.get(digest, ())), None)
 
     async def ask(

@@ -18,7 +18,7 @@ Requests and answers carry keyed digests, see `_seal`. What an answer says is in
 ``Zarrcache-Answer``. Only a client that gives its own address as ``node`` waits (at most ``wait``
 seconds) and gets leases. Every answer except ``lease`` and 204 to ``busy`` ends its connection.
 
-Any other version is answered 426, before anything else is looked at.
+Requests of any other version get status 426, before all other checks.
 """
 
 from __future__ import annotations
@@ -363,7 +363,7 @@ class _Service:
             return self._other_version(version)
         if self._metrics is not None and (request.method, request.path) == ("GET", "/metrics"):
             return await self._measured(self._metrics)
-        # Check the token before anything else: without it every answer is the same.
+        # Check the token first: without it every answer is the same.
         answer = _Answer(self._receiver.key, request)
         try:
             seal = self._receiver.check(
