@@ -342,9 +342,7 @@ def plan_warm(
     if ids is not None and split != "all":
         raise ConfigError("ids and split exclude each other. Give one of them.")
     reader = _open_reader(source)
-    asks = reader.cache_config is None or reader.cache_config.revalidate != "never"
-    if revalidate is not None:
-        asks = revalidate
+    asks = not reader.trusts_entries if revalidate is None else revalidate
     wanted = reader.mapped_ids() if ids is None else check_task_ids(list(ids))
     if asks:
         reader.relist()
@@ -364,25 +362,23 @@ def plan_warm(
         wanted = [task_id for task_id in wanted if task_id in own]
     task_ids = tuple(dict.fromkeys(wanted))
     channels = reader.channels
-    stored: Mapping[Channel, Mapping[str, int]]
-    stored = {channel: {} for channel in channels} if asks else reader.stored()
+    stored: Mapping[Channel, Mapping[str, int]] = {} if asks else reader.stored()
     # With `missing: error` the origin is asked once more: they may have been converted since.
     known = {} if asks or reader.if_missing == "error" else reader.absences.stored()
     absent = tuple(
         (task_id, *channel)
         for task_id in task_ids
         for channel in channels
-        if channel in known and task_id in known[channel]
+        if task_id in known.get(channel, ())
     )
     if reader.if_missing == "drop":
         dropped = {task_id for task_id, *_ in absent}
         task_ids, absent = tuple(id_ for id_ in task_ids if id_ not in dropped), ()
-    left_out = frozenset(absent)
     densities = tuple(
         (task_id, *channel)
         for task_id in task_ids
         for channel in channels
-        if task_id not in stored[channel] and (task_id, *channel) not in left_out
+        if task_id not in stored.get(channel, ()) and task_id not in known.get(channel, ())
     )
     if workers is None:
         # At least two, also on one core: a worker waits more than it computes.

@@ -305,6 +305,8 @@ class Tally:
 
     def _on_disk(self, stored: Mapping[Channel, Mapping[str, int]]) -> NDArray[np.int64]:
         """Bytes on disk of each density; 0 where it is not cached."""
-        columns: Sequence[Mapping[str, int]] = [stored[channel] for channel in self._channels]
+        columns: Sequence[Mapping[str, int]] = [
+            stored.get(channel, {}) for channel in self._channels
+        ]
         rows = [[sizes.get(task_id, 0) for sizes in columns] for task_id in self._task_ids]
         return np.array(rows, np.int64).reshape(self._outcomes.shape)
