@@ -82,7 +82,10 @@ def _expand_text(text: str, variable: re.Pattern[str]) -> str | None:
     if match[0] == "$$":
         return f"{before}${_expand_text(text[end:], variable)}"
     if not match[0].lstrip("\\").startswith("${"):
-        return f"{before}{_plain_variable(match[5], text)}{_expand_text(text[end:], variable)}"
+        found = os.environ.get(match[5])
+        if not found:
+            raise _unset(match[5], text, " For a dollar sign itself write $$.")
+        return f"{before}{found}{_expand_text(text[end:], variable)}"
     depth = 1  # the default may contain variables: ${A:-${B:-/tmp}}
     while depth and end < len(text):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
@@ -94,7 +97,7 @@ def _expand_text(text: str, variable: re.Pattern[str]) -> str | None:
             "${oc.env:NAME,default}; other resolvers of Hydra need Hydra: write their result out."
         )
     if match[1]:
-        found: str | None = os.environ.get(match[1])
+        found = os.environ.get(match[1])
         if found is None and has_default:
             found = _omegaconf_text(default, variable)
             if found is None and not before and end == len(text):
@@ -103,12 +106,9 @@ def _expand_text(text: str, variable: re.Pattern[str]) -> str | None:
         found = os.environ.get(match[3]) or None
         if found is None and has_default:
             found = _expand_text(default, variable)
-    if found is None:
-        if has_default:
-            found = ""
-        else:
-            raise _unset(match[1] or match[3], text, "")
-    return f"{before}{found}{_expand_text(text[end:], variable)}"
+    if found is None and not has_default:
+        raise _unset(match[1] or match[3], text, "")
+    return f"{before}{found or ''}{_expand_text(text[end:], variable)}"
 
 
 def _omegaconf_text(default: str, variable: re.Pattern[str]) -> str | None:
@@ -119,13 +119,6 @@ def _omegaconf_text(default: str, variable: re.Pattern[str]) -> str | None:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     return _expand_text(text, variable)
-
-
-def _plain_variable(name: str, text: str) -> str:
-    found = os.environ.get(name)
-    if not found:
-        raise _unset(name, text, " For a dollar sign itself write $$.")
-    return found
 
 
 def _unset(name: str, text: str, advice: str) -> ConfigError:
@@ -156,7 +149,8 @@ def datasets_of(document: Mapping[str, Any], where: str = "config") -> dict[str,
     """Like `read_datasets`, for a document that was already read."""
     document = as_dict(document, where)
     block = _block(document, where)
-    if _has_lists(block):
+    has_map = bool({"map_dir", "map_path"} & block.keys())
+    if not has_map and {"root", "datasets"} & block.keys():
         named = dict(_of_lists(block, where))
     elif not block.keys() & _OWN_KEYS and block.get("config") is not None:
         outer = {key: value for key, value in block.items() if key not in ("config", "_target_")}
@@ -165,10 +159,6 @@ def datasets_of(document: Mapping[str, Any], where: str = "config") -> dict[str,
     else:
         named = {"0": _of_keys(block, where)}
     return {name: _referenced(keys, document) for name, keys in named.items()}
-
-
-def _has_lists(block: Mapping[str, Any]) -> bool:
-    return not {"map_dir", "map_path"} & block.keys() and bool({"root", "datasets"} & block.keys())
 
 
 def _block(document: dict[str, Any], where: str) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def read_density(
     if strict:
         if why := no_density(float(parsed.blocks["total"].mean())):
             raise _no_density(path, why)
-        notes += check_blocks(parsed.blocks, _protons(parsed.structure), len(parsed.structure))
+        protons = sum(kind.Z * n for kind, n in parsed.structure.composition.items())
+        notes += check_blocks(parsed.blocks, float(protons), len(parsed.structure))
         if diff and "diff" not in parsed.blocks:
             notes.append("has no spin density (one block): only charge_density_total is written.")
     if parsed.task_id not in (None, task_id):
@@ -255,10 +256,6 @@ def _pymatgen_version() -> str:
 def _cause(exc: Exception) -> str:
     text = str(exc).splitlines()[0] if str(exc) else ""
     return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
-
-
-def _protons(structure: Any) -> float:
-    return float(sum(element.Z * amount for element, amount in structure.composition.items()))
 
 
 def _volume(path: Path, structure: Mapping[str, Any]) -> float:

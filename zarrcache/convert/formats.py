@@ -202,7 +202,9 @@ def task_id_of(path: Path, naming: Naming | None = None) -> str:
 
 def _id_by(path: Path, naming: Naming) -> str:
     if naming.id_from == "auto":
-        return _id_in_name(path) or _directory_above(path)
+        # The nearest directory that is not a step of a calculation.
+        above = (directory.name for directory in path.parents if not is_step(directory.name))
+        return _id_in_name(path) or next(above, "")
     if naming.id_from == "name":
         return _id_in_name(path, also_steps=True)
     if naming.id_from == "directory":
@@ -236,11 +238,6 @@ def _id_in_name(path: Path, *, also_steps: bool = False) -> str:
     if after and not is_step(after) and _is_id(after, path.parent.name):
         return after
     return ""
-
-
-def _directory_above(path: Path) -> str:
-    """The nearest directory that is not a step of a calculation; empty if there is none."""
-    return next((above.name for above in path.parents if not is_step(above.name)), "")
 
 
 def is_step(name: str) -> bool:

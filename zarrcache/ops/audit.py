@@ -154,7 +154,9 @@ def audit(
                 nbytes += density.nbytes
                 if density.fingerprint is not None:
                     by_values[channel, density.fingerprint].append(pair.task_id)
-    findings += _duplicates(by_values)
+    for (channel, _), (first, *others) in by_values.items():
+        what = f"it has the values of {first}"
+        findings += [Finding("duplicate", other, channel.role, what) for other in others]
     rank = list(KINDS)
     findings.sort(key=lambda found: (rank.index(found.kind), -found.severity, found.task_id))
     return AuditReport(len(task_ids), nbytes, tuple(findings))
@@ -310,15 +312,6 @@ def _compare(task_id: str, data: _Density, label: _Density) -> Iterator[Finding]
                 f"input has {data.electrons:.2f} electrons, label {label.electrons:.2f}",
                 apart / max(label.electrons, 1e-300),
             )
-
-
-def _duplicates(
-    by_values: Mapping[tuple[Channel, tuple[object, ...]], list[str]],
-) -> Iterator[Finding]:
-    for (channel, _), task_ids in by_values.items():
-        first, *others = task_ids
-        for other in others:
-            yield Finding("duplicate", other, channel.role, f"it has the values of {first}")
 
 
 def _electrons(

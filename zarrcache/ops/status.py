@@ -178,7 +178,12 @@ def _coverage(functional: str, selection: Selection, entries: int, exists: bool)
         own.append(has[0])
         cached.append(has[0] if len(has) == 1 else [any(one) for one in zip(*has, strict=True)])
     warm = sum(map(all, zip(*cached, strict=True)))
+    unused = []
     own_entries = sum(len(names) for of_roles in stored.values() for names, _ in of_roles.values())
+    if entries > own_entries:  # two passes over the table
+        for array, densities in selection.unused().most_common():
+            key = ArrayKey("", "", array)
+            unused.append(Unused(key.source_array, key.units, key.encoding, densities))
     return Coverage(
         functional=functional,
         ids=len(ids),
@@ -189,18 +194,9 @@ def _coverage(functional: str, selection: Selection, entries: int, exists: bool)
         nbytes=nbytes,
         is_listed=len(listed) == len(listings),
         to_encode=warm - sum(map(all, zip(*own, strict=True))),
-        # Looked for only if there are others, because that takes two passes over the table.
-        unused=_unused(selection) if entries > own_entries else (),
+        unused=tuple(unused),
         several_sources=tuple(selection.several_sources()),
     )
-
-
-def _unused(selection: Selection) -> tuple[Unused, ...]:
-    found = []
-    for array, densities in selection.unused().most_common():
-        key = ArrayKey("", "", array)
-        found.append(Unused(key.source_array, key.units, key.encoding, densities))
-    return tuple(found)
 
 
 def _nearest(path: Path) -> Path:

@@ -326,19 +326,12 @@ def _remove_strays(index: Index) -> tuple[str, ...]:
     # without a row does not belong to any process.
     found = list(index.dir.files())
     known = index.filenames()
-    strays = [
-        path
-        for path in found
-        if f"{path.relative_to(index.dir.root)}" not in known
-        and not _is_partial_of(path, known, index.dir.root)
-    ]
-    for path in strays:
-        with contextlib.suppress(FileNotFoundError):
-            index.dir.unlink(path)
-    return tuple(f"{path.relative_to(index.dir.root)}" for path in strays)
-
-
-def _is_partial_of(path: Path, known: set[str], root: Path) -> bool:
-    """Whether a file is being written for a name in the index."""
-    name = published_name(path.name)
-    return name is not None and f"{path.with_name(name).relative_to(root)}" in known
+    strays = []
+    for path in found:
+        # A file that is being written has a hidden name.
+        published = path.with_name(published_name(path.name) or path.name)
+        if not known & {f"{one.relative_to(index.dir.root)}" for one in (path, published)}:
+            with contextlib.suppress(FileNotFoundError):
+                index.dir.unlink(path)
+            strays.append(f"{path.relative_to(index.dir.root)}")
+    return tuple(strays)
