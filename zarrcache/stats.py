@@ -61,7 +61,8 @@ class Stats:
     peer_bytes, sent_bytes : int
         Bytes of entries received from other nodes, and sent to them by ``zarrcache serve``.
     ahead_bytes : int
-        Bytes on disk that the look-ahead keeps ready now; not a sum over time.
+        Bytes on disk that look-ahead has fetched and the training has not read; not a sum over
+        time.
     unencoded : int
         Densities stored as float32 because ``cache.arrays.encoding`` cannot hold their values
         within its error bound.

@@ -31,7 +31,7 @@ _CHUNK_LINES = 8192
 
 _FIELD = re.compile(rb"([ ]*)([-+]?\d?)\.(\d{1,14})([EeDd])[-+]\d\d(?!\d)")
 _END = re.compile(rb"[ ]*\r?\n")
-#: One number that occupies its column otherwise: without an exponent, with one of three digits.
+#: A number with another layout in its column: no exponent, or an exponent of three digits.
 _ODD_NUMBER = re.compile(
     rb"(?:[ \n] *[-+]?(?:\d+\.?\d*|\.\d+)(?:[EeDd][-+]?\d{1,3}|[-+]\d{3})?[ ]*;)*"
 )

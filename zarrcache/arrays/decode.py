@@ -698,7 +698,7 @@ def _v3(document: Mapping[str, Any]) -> _Layout:
     if grid["name"] != "regular" or document.get("storage_transformers"):
         raise UnknownCodecError(str(grid["name"]))
     for name in document.keys() - _V3_MEMBERS:
-        # An extension may change what the chunks mean, unless it says that it does not.
+        # An extension may change the meaning of the chunks, unless it declares that it does not.
         extension = document[name]
         if not isinstance(extension, dict) or extension.get("must_understand") is not False:
             raise UnknownCodecError(str(name))

@@ -99,8 +99,8 @@ class ReadThrough:
     units : {"cell", "points", "volume"}
         Of the values that are stored and returned.
     siblings : sequence of str
-        Other arrays of the store that will be read: a zipped store or a file that is fetched for
-        one is decoded for all, and all are stored.
+        Other arrays of the store that will be read. If a zipped store or a file is fetched for one
+        of them, all are decoded and stored.
 
     Attributes
     ----------

@@ -248,7 +248,7 @@ class CacheConfig(Block):
     Raises
     ------
     ConfigError
-        Unknown key (the nearest is named), size or duration that does not parse.
+        Unknown key (the message has the nearest), or a size or duration that does not parse.
     """
 
     _prefix: ClassVar[str] = "cache."
@@ -424,8 +424,9 @@ def _check_unknown(keys: Set[str], absent: Set[str]) -> None:
 
 
 class DataConfig(Block):
-    """The keys of a training config that describe the data. Other keys are ignored, unless one
-    misspells a setting.
+    """The keys of a training config that describe the data.
+
+    Other keys are ignored, unless one misspells a setting.
 
     >>> DataConfig.from_yaml("configs/s3_cached.yaml").functional
     'GGA'

@@ -251,11 +251,11 @@ def plan_convert(
         ``directory``, ``path`` (its parts joined with ``_``), or a regular expression for the path
         below ``src`` whose first group is the id.
     prefer : str, optional
-        Pattern of ``Path.glob`` below ``src``. Of several files with one id, the one that matches
+        Pattern of ``Path.glob`` below ``src``. If several files have one id, the file that matches
         is converted, and the others are in ``left_out``.
     units : {"cell", "volume"}
         ``cell``: density times cell volume, as in the file. ``volume``: electrons per cubic
-        angstrom, computed in float64 and rounded once; the store says so in its attributes.
+        angstrom, computed in float64 and rounded once; an attribute of the store states it.
     dtype : {"float32", "float64"}
         Of the arrays. With float64, readers compute every unit from the file's own values.
 

@@ -73,7 +73,7 @@ class EvictionPolicy(Protocol):
 
         reader.cache.set_eviction_policy(Smallest())
 
-    An exception of ``victims`` is raised by the read that stores; it is not a fault of the cache.
+    If ``victims`` raises an exception, the read that stores raises it: it is not a cache fault.
 
     It is called in the process that stores, from any of its threads, and has to be picklable if
     workers are spawned. Whatever it returns, the limit holds: a new entry is stored only if there

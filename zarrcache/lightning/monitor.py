@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 
 
 class CacheMonitor(Callback):
-    """Logs how long the training waits for data, and says for what at its end.
+    """Logs how long the training waits for data, and prints the cause at its end.
 
     >>> Trainer(callbacks=[CacheMonitor()], logger=CSVLogger("logs")).fit(model, data)
     The training waited 12 % of the time, for S3 (cold misses). Do this: ...
 
     Every ``log_every_n_steps`` of the Trainer, and at the end of each epoch (with ``_epoch``
     appended), it logs ``zarrcache/waiting_ratio``, ``hit_ratio``, ``requests`` and
-    ``fetched_bytes`` of the epoch so far to every logger. A logger that fails is named once and
-    left alone. ``zarrcache.train.LoaderMonitor`` is the same for a plain loop.
+    ``fetched_bytes`` of the epoch so far to every logger. If a logger fails, one warning names it,
+    and it is not used again. ``zarrcache.train.LoaderMonitor`` is the same for a plain loop.
 
     Attributes
     ----------

@@ -65,14 +65,14 @@ class RhoDataModule(DataModule):
     augmentation : bool
         Rotate the samples randomly; as in electrai, those for validation and test too.
     random_seed : int
-        Seed of the permutation, and of nothing else.
+        Seed of the permutation only.
     downsample_data, downsample_label : int
         Ignored, as electrai ignores them for ``mp`` lists.
     datasets : list of mapping, optional
         Several lists instead of ``root``: ``{root, split_file, val_frac, dataset_id}``.
     default_val_frac : float
     default_split_file : path, optional
-        For those of ``datasets`` that have none.
+        For entries of ``datasets`` that have none.
     data_dir, label_dir : path or URL, optional
         Where the densities are, if not beside the list; may be ``s3://bucket/prefix``.
     source : str or list of str, optional
@@ -87,12 +87,12 @@ class RhoDataModule(DataModule):
     transform : callable, `RandomCrop`, `Probes` or list, optional
         As in `ZarrDataModule`. electrai has none.
     **ignored
-        Other keys, which electrai ignores too; they are named in a warning.
+        Other keys, which electrai ignores too; a warning lists them.
 
     Raises
     ------
     ConfigError
-        The list or split file cannot be used; or a material has no density, which is named with its
+        The list or split file cannot be used; or a material has no density. The message has its
         line.
 
     Notes

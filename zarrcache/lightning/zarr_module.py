@@ -41,9 +41,9 @@ class ZarrDataModule(DataModule):
     Parameters
     ----------
     config : path, mapping, list or mapping of these
-        The training config (``data_dir``, ``map_dir``, ``cache``, ...), as a YAML file or its keys;
-        also a file whose block ``data:`` has them. The parameters below that are not given are
-        taken from it, where it has keys of their names.
+        The training config (``data_dir``, ``map_dir``, ``cache``, ...), as a YAML file or its keys,
+        or a file with these keys in a block ``data:``. Parameters that are not passed come from the
+        config, if it has keys of their names.
         ``[a.yaml, b.yaml]`` and ``{"pbe": a.yaml, "scan": b.yaml}`` are several datasets, numbered
         from 0; ``dataset_names`` has their names.
     batch_size : int, default 1
@@ -54,7 +54,7 @@ class ZarrDataModule(DataModule):
     pin_memory : bool, default True
         Ignored without a GPU.
     precision : {"f32", "f16", "bf16"}, default "f32"
-        Of a config's key ``precision``, values for Lightning's Trainer are ignored.
+        If the config's ``precision`` is a value for Lightning's Trainer, it is ignored.
     augmentation : bool, default True
         Rotate the training samples randomly. With `Probes` the default is False.
     augment_on : {"cpu", "device"}, default "cpu"
@@ -73,8 +73,9 @@ class ZarrDataModule(DataModule):
         Without ``split_file``: the fraction of the training ids that is kept for validation, at
         least one. 0 means no validation.
     random_seed : int, default 42
-        Seed of the choice of the validation ids and of the order of the training samples. Of
-        several configs, each has its own for the choice, and the order has that of the first.
+        Seed of the choice of the validation ids and of the order of the training samples. With
+        several configs, each config's own seed chooses its validation ids, and the seed of the
+        first one gives the order.
     assignment : {"global", "node"}, default "global"
         Assignment of samples to ranks, see `NodeSampler`.
     shuffle : bool, default True
@@ -86,9 +87,9 @@ class ZarrDataModule(DataModule):
     persistent_workers : bool, default True
         Keep the workers between epochs.
     multiprocessing_context : {"fork", "forkserver", "spawn"}, optional
-        How workers are started. Default: Python's own; but ``spawn`` if that is ``fork`` and
-        exactly one of ``train_workers`` and ``val_workers`` is 0, because a process that reads from
-        S3 itself should not fork workers that do.
+        How workers are started. Default: Python's default. If that is ``fork``, and exactly one of
+        ``train_workers`` and ``val_workers`` is 0, the default is ``spawn``, because a process that
+        reads from S3 itself should not fork workers that do.
 
     Raises
     ------
@@ -99,11 +100,12 @@ class ZarrDataModule(DataModule):
     Notes
     -----
     *Order.* `NodeSampler` computes it for all ranks. Lightning keeps this sampler, with
-    ``use_distributed_sampler`` or without; if something else replaces it, the epoch does not start.
+    ``use_distributed_sampler`` or without; if other code replaces it, the epoch does not start.
 
     *Look-ahead.* With a ``cache`` block, each rank has a
-    :class:`~zarrcache.train.lookahead.Lookahead`: a process that fetches what the rank reads next,
-    at most ``cache.lookahead`` bytes ahead. 0 turns it off. Several datasets have none.
+    :class:`~zarrcache.train.lookahead.Lookahead`: a process that fetches the next samples of the
+    rank, at most ``cache.lookahead`` bytes ahead. 0 turns it off. With several datasets there is
+    none.
 
     *Resume.* A checkpoint records how many batches of the epoch were trained on. A resumed run
     continues the epoch with the remaining samples, each once, also with another number of ranks,

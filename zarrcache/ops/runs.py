@@ -61,7 +61,7 @@ class _Line(BaseModel):
     def times(self) -> EpochTimes:
         """The epoch. Counters of later versions are ignored."""
         own = self.model_dump(exclude={"stats", "workers", "ended_s"})
-        # A gauge may fall; what is counted cannot.
+        # A gauge may fall; a counter cannot.
         counted = {
             field.name: n if field.name == "ahead_bytes" else max(0, n)
             for field in fields(Stats)

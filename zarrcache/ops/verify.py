@@ -75,8 +75,8 @@ class VerifyReport:
     strays : tuple of str
         Files without an entry. Removed.
     unreadable : tuple of Problem
-        Entries that the system cannot read now (EIO, EMFILE, EACCES). Kept, because that says
-        nothing about them: a read of one is a miss, and stores it again.
+        Entries that the system cannot read now (EIO, EMFILE, EACCES). Kept, because they may be
+        good: a read of one is a miss, and stores it again.
     is_read_only : bool
         The cache can only be read, so nothing was dropped or removed.
     flawed : tuple of Problem
@@ -87,7 +87,7 @@ class VerifyReport:
         Densities with absent chunks, with ``cache.missing_chunks: fill``.
     within_bound : int
         With ``against_origin``: entries of another encoding than float32 that were read from the
-        origin and are within their error bound. Those that are not are ``corrupt``.
+        origin and are within their error bound. The others are ``corrupt``.
     """
 
     directory: Path
@@ -125,7 +125,7 @@ def verify(
     against_origin : bool
         Also compare the stores of the config's ids with the origin, one LIST and two GETs of
         metadata per entry (a zipped store is fetched whole): drop entries of older versions, and
-        name stores that are gone, lack chunks, or state another number of electrons than the entry
+        list stores that are gone, lack chunks, or state another number of electrons than the entry
         has. Up to 16 entries that are not in float32 are read whole and compared within their error
         bound.
     progress : callable, optional

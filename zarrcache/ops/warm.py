@@ -115,7 +115,7 @@ class WarmPlan:
         Those to fetch or to compare with the origin: all, or without ``revalidate`` those that
         are not cached.
     channels : tuple of Channel
-        What each id is made of; each array once if input and label are the same directory.
+        The channels of each id; each array once if input and label are the same directory.
     absent : tuple of (task_id, role, array)
         Densities that the origin is known to lack, which are not tried.
     revalidate : bool
@@ -356,7 +356,7 @@ def plan_warm(
             except ConfigError as exc:  # hours later it would stop the training
                 logger.warning("%s", exc)
     if world is not None:
-        # The sampler deals each split out by itself: a share of all ids at once would differ.
+        # The sampler assigns each split separately: shares of all ids together would differ.
         parts = _split_of(reader) if ids is None and split == "all" else (wanted,)
         own = {task_id for part in parts for task_id in _share(part, world)}
         wanted = [task_id for task_id in wanted if task_id in own]
@@ -403,7 +403,7 @@ def _in_order(
 ) -> Sequence[Density]:
     """Put densities first that save requests for the others, or free bytes."""
     if len(channels) > len(reader.roles):
-        # The first array of a file or a zipped store brings the others.
+        # Reading the first array of a file or a zipped store also stores the others.
         firsts = {channel.role: channel.array for channel in reversed(channels)}
         densities = sorted(
             densities, key=lambda one: one[2] != firsts[one[1]] and _is_whole(reader, one)

@@ -93,10 +93,10 @@ class WarmReport:
         Decoded bytes that are warm, and their bytes on disk. The decoded size of trusted densities
         is known to a multiple of 4096 bytes only, rounded up.
     needed_bytes : int
-        Bytes on disk of the whole cache if it held all ids: an estimate, by the sizes of the
-        objects of those that were not read, plus 10 %. 0 if no size is known.
+        Estimated bytes on disk of the whole cache if it held all ids, plus 10 %. For ids that were
+        not read, the estimate uses the sizes of their objects. 0 if no size is known.
     is_disk_full : bool
-        Something was not admitted although ``cache.limit`` has room for more: the file system is
+        A density was not admitted although ``cache.limit`` is not reached: the file system is
         full, or ``cache.min_free`` is reached.
     stats : Stats
         Counters of the run. ``stats.cache_errors`` > 0 means that the cache itself failed.

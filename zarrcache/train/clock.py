@@ -62,7 +62,7 @@ Part = Literal[
     "cores",
 ]
 PARTS: tuple[Part, ...] = get_args(Part)
-#: Parts that sleep for nothing but the disk, or in a hit for the origin.
+#: Parts that sleep only for the disk or, in a hit, for the origin.
 _OURS = ("hit", "checksum", "augment", "copy")
 #: Parts that may also sleep for other reasons than the disk.
 _USERS = ("transform", "collate", "dataset")

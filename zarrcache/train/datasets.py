@@ -133,8 +133,8 @@ class PairDataset(Sender):
         try:
             return self._transformed(i, name, rest)
         except (IndexError, StopIteration) as exc:
-            # Of a transform, or of a reader or sequence of the user. For a loop over a dataset or a
-            # DataLoader they would be its end.
+            # Raised by a transform, or by a reader or sequence of the user. A loop over a dataset or
+            # a DataLoader would take them for its end.
             raise ZarrCacheError(
                 f"{name} could not be read or transformed ({type(exc).__name__}: {exc}); see the "
                 "exception above for the place."
@@ -244,10 +244,9 @@ class ZarrDataset(PairDataset, Dataset[Sample]):
         Or any object with ``split_task_ids()`` and ``load()``. It has to be picklable for
         DataLoader workers that are spawned.
     split : {"train", "validation", "test", "all"} or sequence of str
-        ``validation`` needs a split file. ``all`` is the ids of the sides in this order. For a
-        split of your own, give its
-        task ids. Those that lack a channel are filled, dropped or an error, as ``missing`` of the
-        reader says.
+        ``validation`` needs a split file. ``all`` is the ids of the sides in this order. For your
+        own split, pass its task ids. The reader's ``missing`` sets whether ids that lack a channel
+        are filled, dropped or an error.
     precision : {"f32", "f16", "bf16"}
         float32, float16 or bfloat16. The largest float16 is 65504; a density that is not
         normalized can exceed it, which is an error. Below 6.1e-5 it has fewer than 11 bits, and
@@ -257,12 +256,12 @@ class ZarrDataset(PairDataset, Dataset[Sample]):
     downsample_data, downsample_label : int
     seed : int, optional
     rng : {"keyed", "torch"}
-        What draws the rotations. ``keyed``: see the Notes of `RhoData`. ``torch``: torch's global
-        generator of the process, two numbers per sample, as electrai's loader draws them.
+        Source of the random rotations. ``keyed``: see the Notes of `RhoData`. ``torch``: torch's
+        global generator of the process, two numbers per sample, as in electrai's loader.
     augment_on : {"cpu", "device"}
         ``device``: samples are whole grids in float32 and have a key ``rotation``, the axis and the
-        number of quarter turns. `augment` then rotates, downsamples and casts a batch where it
-        lies, for example on the GPU, with the same result. Not with ``transform`` or ``layout``.
+        number of quarter turns. `augment` then rotates, downsamples and casts a batch on its
+        device, for example the GPU, with the same result. Not with ``transform`` or ``layout``.
     layout : {"C", "rotated"}
         Order of a rotated tensor in memory. ``rotated``: strided, as ``transpose`` and ``flip``
         of torch leave it. Sums over it may differ in the last bit from those over C order, which is
@@ -277,14 +276,14 @@ class ZarrDataset(PairDataset, Dataset[Sample]):
         the item: that dict, changed or not, or another mapping with at least ``data`` and
         ``label``. Keys that it adds are collated like the others. See the Notes of `RhoData`.
         Or a `RandomCrop`, `Probes` or other `Selection`, which chooses the part of the grids that
-        is read; or a list of one and functions that follow.
+        is read; or a list of a `Selection` and functions.
 
     Raises
     ------
     ConfigError
-        Unknown split or precision, or an option that cannot be used. Also what
-        ``split_task_ids()`` raises; it is called here once, not in every worker, and not at all
-        where ``split`` is a sequence of ids.
+        Unknown split or precision, or an option that cannot be used. Errors of
+        ``split_task_ids()`` are raised too; it is called here once, not in every worker, and not at
+        all if ``split`` is a sequence of ids.
     """
 
     def __init__(

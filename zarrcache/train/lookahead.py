@@ -52,14 +52,14 @@ def node_budget_bytes(lookahead_bytes: int, limit_bytes: int) -> int:
 
 
 class Lookahead:
-    """Fetches ahead of this rank's training, and gives ``eviction: belady`` the order of reads.
+    """Fetches ahead of this rank's training, and passes the order of reads to ``belady``.
 
     A separate process fetches the samples in the sampler's order, at most ``cache.lookahead`` bytes
     ahead. The bytes are those of decoded densities, divided by the ranks of the node, and at most a
     quarter of ``cache.limit``. The process reads through the cache as the training does, so each
-    object is fetched once, by the process that needs it first. What it fetches is stored like any
-    read. In a full cache the look-ahead takes the room of the entries stored first, and drops what
-    it puts there once that has been read.
+    density is fetched once, by the process that needs it first, and stored like any other. In a
+    full cache the look-ahead uses the bytes of the entries that were stored first, and drops its
+    own entries after they were read.
 
     Create one on every rank, before the DataLoader's workers start and after
     ``sampler.load_state_dict()``. Without a cache, or with ``lookahead: 0`` and without ``eviction:
@@ -71,17 +71,17 @@ class Lookahead:
         The dataset that is read. For a reader, the samples are the training ids of
         its ``split()``.
     order : NodeSampler, or sequence of sequences
-        The sampler of the DataLoader. Or, for any other sampler, the task ids or positions that it
-        has drawn, one list per epoch from epoch 0 on, with or without repetitions. ``eviction:
-        belady`` allows such lists with one rank per node only.
+        The sampler of the DataLoader. Or, for other samplers, the drawn task ids or positions: one
+        list per epoch from epoch 0 on, with or without repetitions. With ``eviction: belady``, such
+        lists work only with one rank per node.
     epoch : int, optional
         The first epoch. Default: the sampler's, or 0.
 
     Raises
     ------
     ConfigError
-        ``source`` does not read through a zarrcache reader, ``order`` has other samples, or it is
-        lists under ``eviction: belady`` with several ranks on the node.
+        ``source`` does not read through a zarrcache reader; ``order`` has other samples; or
+        ``order`` is lists, with ``eviction: belady`` and several ranks on the node.
     """
 
     def __init__(self, source: Any, order: Order, *, epoch: int | None = None) -> None:

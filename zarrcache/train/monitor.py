@@ -189,7 +189,7 @@ class Recorder:
         else:
             left_s -= self._take("fetch", fetched_s, left_s)
             left_s = max(0.0, left_s - queued_s)  # some of it was a part of what was fetched
-            if not self._is_foreign:  # else it is the work of that dataset
+            if not self._is_foreign:  # otherwise it counts as work of that dataset
                 left_s -= self._take("receive", used_s - fetched_s, left_s)
         waits["disk" if now.faults > mark.faults else "other"] += left_s
 
@@ -308,7 +308,7 @@ class Recorder:
 
 
 class LoaderMonitor:
-    """Measures how long a loop over a DataLoader waits, and says for what.
+    """Measures how long a loop over a DataLoader waits, and finds the cause.
 
     >>> with LoaderMonitor(loader) as batches:
     ...     for epoch in range(3):
@@ -320,8 +320,8 @@ class LoaderMonitor:
     Parameters
     ----------
     loader : DataLoader
-        Over a ``ZarrDataset``, a ``RhoData`` or a combination of them. Give it before its workers
-        have started; of workers that already run, the parts of the work are unknown.
+        Over a ``ZarrDataset``, a ``RhoData`` or a combination of them. Pass it before its workers
+        start; the monitor cannot measure workers that already run.
 
     Attributes
     ----------

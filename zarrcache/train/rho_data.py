@@ -52,7 +52,7 @@ class RhoData(PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
         to a multiple of ``downsample_data``.
     data_augmentation : bool
         Rotate each pair, before downsampling, by random quarter turns about a random axis: 0 turns
-        with probability 10 %, 1, 2 and 3 turns with 30 % each. Data and label rotate alike.
+        with probability 10 %, 1, 2 and 3 turns with 30 % each. Data and label rotate together.
     seed : int, optional
         See Notes. The default follows torch: with ``torch.manual_seed`` a run is reproducible,
         without it every run differs.
@@ -71,8 +71,8 @@ class RhoData(PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
     -----
     *Memory.* A density of a lazy sequence is not copied: the tensor of a grid that is neither
     rotated nor downsampled is the memory-mapped cache file, copy-on-write. Rotated and downsampled
-    grids are copied once. So are arrays that a list, a tuple or a numpy array holds; in-place work
-    on a tensor never changes your list.
+    grids are copied once. Arrays in a list, a tuple or a numpy array are copied once too, so
+    in-place work on a tensor never changes your list.
 
     *Randomness.* The rotation depends on the seed, the position of the sample, the number of
     samples that this process has drawn, and, in a DataLoader worker, the seed that torch gave to
@@ -88,16 +88,18 @@ class RhoData(PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
     * ranks of a distributed run that share a seed read different samples and rotate them
       differently.
 
-    *Transform.* It runs where the sample is read, so in the DataLoader worker if there is one,
-    after rotation, downsampling and the cast to the precision. It may change tensors in place; the
-    cache never sees that. Its own randomness should come from ``torch``, which seeds each worker.
-    Under ``spawn`` it has to be picklable: a function of a module or an instance of a class, not a
-    lambda. A tensor that it leaves alone reaches the training process as a map of the cache file;
-    one that it makes, changes or slices is copied once, into memory that workers use again.
+    *Transform.* It runs in the process that reads the sample, which is the DataLoader worker if
+    there is one, after rotation, downsampling and the cast to the precision. It may change tensors
+    in place; the cache is not affected. Its random numbers should come from ``torch``, which seeds
+    each worker. With ``spawn`` it has to be picklable: a function of a module or an instance of a
+    class, not a lambda. A tensor that it does not touch reaches the training process as a map of
+    the cache file. A tensor that it makes, changes or slices is copied once, into memory that
+    workers use again.
 
     *Samples that a worker keeps.* A dataset around this one may keep samples in the worker and
-    return them again, but must not change them in place after it has returned them: they may not
-    have been read yet. What the training process writes to a sample stays in that process.
+    return them again. It must not change them in place after it has returned them, because the
+    training process may not have read them yet. If the training process writes to a sample, only
+    that process sees the change.
     """
 
     def __init__(

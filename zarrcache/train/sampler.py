@@ -32,7 +32,7 @@ class NodeSampler(Sampler[int]):
         object with a length, the positions serve as names.
     assignment : {"global", "node"}
         ``global`` shuffles all samples in each epoch. With ``node`` a sample belongs to one node
-        and is shuffled within it, so each node's cache needs room for its share only;
+        and is shuffled within it, so each node's cache needs to hold only its share;
         :mod:`zarrcache.train.schedule` describes the effect on shuffling. With one node both are
         the same.
     seed : int
@@ -61,10 +61,10 @@ class NodeSampler(Sampler[int]):
     -----
     *Resume.* ``state_dict()`` records how many samples the ranks have taken; after
     ``load_state_dict()`` the rest of the epoch is distributed over the current ranks, more or fewer
-    than before. A DataLoader gives its workers indices ahead of the training, so pass how far the
-    training got: ``sampler.state_dict(taken=batches * batch_size)``.
-    ``zarrcache.lightning.ZarrDataModule`` does that, and so does torchdata's
-    ``StatefulDataLoader``, but only for the same number of workers: it keeps a state per worker.
+    than before. A DataLoader gives its workers indices ahead of the training, so pass the number of
+    samples that were trained on: ``sampler.state_dict(taken=batches * batch_size)``.
+    ``zarrcache.lightning.ZarrDataModule`` does that. torchdata's ``StatefulDataLoader`` does it
+    too, but only for the same number of workers, because it keeps a state per worker.
     """
 
     def __init__(

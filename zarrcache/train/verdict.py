@@ -159,7 +159,7 @@ _NOTHING_CACHED = (
         "choose a cache.dir that can be written. `zarrcache doctor CONFIG` finds the cause."
     ),
 )
-#: For what it waits, and what to do.
+#: Each cause in words, and the remedy.
 _ADVICE: dict[Cause, tuple[str, str]] = {
     "start": (
         "the workers to start",
@@ -292,11 +292,11 @@ def _stores_nothing(stats: Stats) -> bool:
 
 
 def _cause(times: EpochTimes, workers: int, cores: int) -> Cause:
-    # With a core for each process, other programs use them: that passes, and is no cause.
+    # If there is a core for each process, other programs use them, which is not a lasting cause.
     lacks_cores = workers + 1 > cores
     known = [name for name in WAITS if name != "cores" or lacks_cores]
     largest = max(known, key=lambda name: times.waits.get(name, 0.0))
-    # Recorded by an earlier version, which did not tell these apart.
+    # Recorded by an earlier version, which did not distinguish these.
     if not any(times.waits.values()) and any(times.parts.values()):
         largest = "fetch"
     # Fetching and decoding for every sample takes the cores.

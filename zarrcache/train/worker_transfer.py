@@ -154,7 +154,7 @@ class SentTensor(torch.Tensor):
         return copy.deepcopy(self.plain(), memo)
 
 
-#: Element types that numpy lacks have those of an integer of the same size.
+#: Element types that numpy lacks are sent as integers of the same size.
 _INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
 
 
