@@ -133,8 +133,8 @@ class PairDataset(Sender):
         try:
             return self._transformed(i, name, rest)
         except (IndexError, StopIteration) as exc:
-            # Raised by a transform, or by a reader or sequence of the user. A loop over a dataset or
-            # a DataLoader would take them for its end.
+            # Raised by a transform, or by a reader or sequence of the user. A loop over a dataset
+            # or a DataLoader would take them for its end.
             raise ZarrCacheError(
                 f"{name} could not be read or transformed ({type(exc).__name__}: {exc}); see the "
                 "exception above for the place."
