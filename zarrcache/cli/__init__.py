@@ -7,7 +7,9 @@ with one word: an exception inside an import prints a traceback, and some packag
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import importlib
 import os
 import signal
@@ -41,6 +43,8 @@ def main() -> None:
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ):
         signal.signal(signal.SIGINT, _end)
+    # At its end Python searches all that was imported for garbage, which takes 0.1 to 0.2 s of CPU.
+    atexit.register(gc.freeze)
     _application()()
 
 

@@ -6,6 +6,8 @@ standard library until the import path has arrived, because zarrcache may be on 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from multiprocessing import set_start_method
 from multiprocessing.connection import Connection
@@ -13,6 +15,8 @@ from multiprocessing.connection import Connection
 
 def main() -> None:
     """Run the function that arrives through the file descriptor given as the only argument."""
+    # At its end Python searches all that was imported for garbage, which takes 0.2 s of CPU.
+    atexit.register(gc.freeze)
     connection = Connection(int(sys.argv[1]))
     try:
         sys.path[:], sys.argv[:], main_module = connection.recv()
