@@ -8,8 +8,10 @@ import functools
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,41 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return super()._split_scope(nodeid)
 
     return Scheduling(config, log)
+
+
+#: Tests of disks, and of processes that are watched half-way, write to the disk as users do.
+_ON_DISK = ("tests/processes", "tests/faults", "tests/real", "tests/unit/disk")
+_FREE_BYTES = 4 * 2**30
+
+
+@pytest.fixture(scope="session")
+def _memory() -> Iterator[Path | None]:
+    """A directory in memory, where a parallel run may use it: the disk takes two to ten times the
+    CPU for each of 200,000 small files.
+    """
+    shared = Path("/dev/shm")
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    if not parallel or not shared.is_dir() or shutil.disk_usage(shared).free < _FREE_BYTES:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(
+        prefix="zarrcache-tests-", dir=shared, ignore_cleanup_errors=True
+    ) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, _memory: Path | None) -> Iterator[Path]:
+    """As pytest's, which it is for a test that is run by hand: its files remain if it fails. In a
+    parallel run it is in memory where that may be.
+    """
+    room = request.path.parent.relative_to(ROOT).as_posix()
+    if _memory is None or room.startswith(_ON_DISK):
+        yield request.getfixturevalue("tmp_path")
+        return
+    directory = Path(tempfile.mkdtemp(prefix=f"{request.function.__name__[:30]}-", dir=_memory))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -229,18 +266,17 @@ def make_reader(tmp_path: Path) -> Callable[..., ZarrS3Reader]:
 
 
 @pytest.fixture
-def put_store(
-    s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., dict[str, Any]]:
+def put_store(s3_server: S3Server, _memory: Path | None) -> Callable[..., dict[str, Any]]:
     """``put_store("s3://bucket/prefix/mp-1.zarr", shape=..., ...)`` writes a store to S3 and
     returns its arrays.
     """
 
     def write(url: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        local = tmp_path_factory.mktemp("store") / url.rstrip("/").rpartition("/")[2]
-        arrays = _small_group(local, *args, **kwargs)
-        s3_server.put_tree(local, url)
-        return arrays
+        with tempfile.TemporaryDirectory(dir=_memory) as directory:
+            local = Path(directory, url.rstrip("/").rpartition("/")[2])
+            arrays = _small_group(local, *args, **kwargs)
+            s3_server.put_tree(local, url)
+            return arrays
 
     return write
 
