@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.utils.data import ConcatDataset, DataLoader
 
 from tests.support.readers import make_reader
 from tests.support.requestlog import RequestLog
@@ -228,6 +226,10 @@ def test_four_cold_workers_fetch_every_object_once_and_their_parent_none(
     node: Node, s3_server: S3Server
 ) -> None:
     """Each worker reads each sample; the parent only lists the directories."""
+    # not for the new process, which would import it too
+    import torch
+    from torch.utils.data import ConcatDataset, DataLoader
+
     wanted = expected_gets(s3_server, node.bucket, IDS)
     log = RequestLog(s3_server, node.bucket)
     reader = node.reader()

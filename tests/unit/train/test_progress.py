@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch.utils.data import BatchSampler, RandomSampler
 
 from zarrcache.data import Read
 from zarrcache.errors import ConfigError
@@ -55,16 +54,23 @@ def test_an_order_is_of_names_or_positions(order: Any) -> None:
 @pytest.mark.parametrize(
     "order",
     [None, 3, [1, 2, 3], np.array([1, 2]), "mp-1", ["mp-1"], [["mp-1"], None],
-     {"mp-1": 0}, [{"mp-1": 0}], RandomSampler(NAMES), [RandomSampler(NAMES)],
-     BatchSampler(RandomSampler(NAMES), 2, False)],
+     {"mp-1": 0}, [{"mp-1": 0}]],
 )  # fmt: skip
 def test_what_is_not_one_list_per_epoch_is_refused(order: Any) -> None:
-    """A batch sampler's batches are not epochs; a torch sampler draws another order each time."""
     with pytest.raises(
         ConfigError,
         match=r"^order is .*give a NodeSampler, or a list of task ids or positions for each epoch",
     ):
         _orders(order, NAMES)
+
+
+def test_a_sampler_of_torch_is_refused() -> None:
+    """A batch sampler's batches are not epochs; a torch sampler draws another order each time."""
+    from torch.utils.data import BatchSampler, RandomSampler  # not for the spawned process below
+
+    one = RandomSampler(NAMES)
+    for order in (one, [one], BatchSampler(one, 2, False)):
+        test_what_is_not_one_list_per_epoch_is_refused(order)
 
 
 @pytest.mark.parametrize(
