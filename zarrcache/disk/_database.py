@@ -403,7 +403,12 @@ class IndexFile:
                 before = self._stamp()
                 try:
                     stack.enter_context(table.transact())
-                except diskcache.Timeout:
+                except diskcache.Timeout as exc:
+                    # diskcache raises it for every error. A connection that could open the log
+                    # only for reading, for example, does not get better by waiting.
+                    cause = exc.__context__
+                    if isinstance(cause, sqlite3.OperationalError) and not _is_locked(cause):
+                        raise cause from None
                     self._wait_for_writers(before)
                     if time.monotonic() > deadline_s:
                         raise

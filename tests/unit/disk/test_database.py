@@ -371,6 +371,19 @@ def test_a_thread_that_reopens_the_index_does_not_hold_up_a_transaction(tmp_path
     assert time.monotonic() - start_s < HANG_S / 2
 
 
+def test_connection_that_cannot_write_is_replaced_without_a_wait(tmp_path: Path) -> None:
+    """As one whose log SQLite could open only for reading, for want of descriptors or after EIO:
+    no other process holds a lock.
+    """
+    index = fill(tmp_path, 1).index
+    index._file.open().reset("sqlite_query_only", 1, update=False)
+    start_s = time.monotonic()
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        index.drop([key_of(0).digest])
+    assert index.drop([key_of(0).digest]) > 0
+    assert time.monotonic() - start_s < HANG_S / 2
+
+
 @pytest.mark.parametrize("method", ["begin", "lend", "commit"])
 def test_every_transaction_of_the_index_uses_its_own_table(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
