@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from zarrcache._units import format_bytes
 from zarrcache.arrays import stem_of
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.disk import LISTING, Index, Row, choose_victims
-from zarrcache.errors import ConfigError
+from zarrcache.disk import CACHE_FAULTS, LISTING, Index, Row, choose_victims
+from zarrcache.errors import ConfigError, ZarrCacheError
 from zarrcache.ops.selection import open_if_present, select
 
 __all__ = ["EvictPlan", "plan_evict"]
@@ -61,6 +62,8 @@ class EvictPlan:
         ------
         ConfigError
             The cache can only be read.
+        ZarrCacheError
+            The disk failed. What was dropped until then is dropped.
         """
         if not self.entries:
             return 0
@@ -70,11 +73,17 @@ class EvictPlan:
                 "evicted. Run the command as its owner, where it is mounted writable."
             )
         freed = 0
-        for start in range(0, len(self.entries), _STEP):
-            freed += self.index.drop_rows(self.entries[start : start + _STEP])
-            if progress is not None:
-                progress(min(start + _STEP, len(self.entries)))
-        self.index.sweep()
+        try:
+            for start in range(0, len(self.entries), _STEP):
+                freed += self.index.drop_rows(self.entries[start : start + _STEP])
+                if progress is not None:
+                    progress(min(start + _STEP, len(self.entries)))
+            self.index.sweep()
+        except CACHE_FAULTS as exc:
+            raise ZarrCacheError(
+                f"{self.directory}: not all entries could be dropped ({exc}); "
+                f"{format_bytes(freed)} are free. Check the disk, then run the command again."
+            ) from exc
         return freed
 
 

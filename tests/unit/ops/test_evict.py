@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
-from zarrcache import ConfigError, DataConfig, plan_evict, plan_warm
+from zarrcache import ConfigError, DataConfig, ZarrCacheError, plan_evict, plan_warm
 from zarrcache.config import CacheConfig
 from zarrcache.data.reader import open_reader
 from zarrcache.disk.index import Row
@@ -73,6 +73,15 @@ def test_entries_that_were_stored_again_since_the_plan_are_kept(
     assert {row.kind for row in again} == {"array", "listing", "object"}
     assert plan.execute() == 0
     assert plan_evict(warm, everything=True).entries == again
+
+
+def test_failure_of_the_disk_is_an_error_in_words(warm: DataConfig) -> None:
+    """Not one of SQLite, which a script would not expect, and the command would not word."""
+    plan = plan_evict(warm)
+    plan.index._file.open().reset("sqlite_query_only", 1, update=False)
+    with pytest.raises(ZarrCacheError, match=r"not all entries could be dropped .*readonly"):
+        plan.execute()
+    assert plan.execute() == plan.disk_bytes
 
 
 def test_ids_select_their_stores_in_both_tiers(warm: DataConfig, tmp_path: Path) -> None:
