@@ -93,21 +93,6 @@ class Absences:
                     lacking[id_].append(channel)
         return {id_: lacking[id_] for id_ in ids if id_ in lacking}
 
-    def _known_lacking(self) -> dict[str, list[Channel]]:
-        """Like `find` for all materials, but only from known and stored answers."""
-        stored = self.stored()
-        lacking: dict[str, list[Channel]] = defaultdict(list)
-        for channel in self._asked():
-            of_channel = self._known[channel]
-            column = self._reader.column(*channel)
-            ids = stored.get(column, set()) - of_channel.keys()
-            if ids:
-                ids = ids.difference(self._cached_ids(column, list(ids)))
-            ids |= {id_ for id_, is_absent in of_channel.items() if is_absent}
-            for id_ in sorted(ids):
-                lacking[id_].append(channel)
-        return dict(lacking)
-
     def _asked(self) -> list[Channel]:
         """The channels that materials may lack without being damaged."""
         total = (density_array("total"),)
@@ -163,14 +148,7 @@ class Absences:
     ) -> dict[str, bool]:
         """Whether materials lack a channel. Answers of the origin are stored."""
         role, array = channel
-        found: dict[str, bool] = {}
-        if self._reader.trusts_entries:
-            found = dict.fromkeys(self._cached_ids(channel, ids), False)
-            known = self._contents(role).get(array, {})
-            names = self._reader.store_names(role)
-            for id_ in ids:
-                if id_ not in found and (name := names.get(id_)) in known:
-                    found[id_] = not known[name]
+        found = self._look_up(channel, ids) if self._reader.trusts_entries else {}
         unknown = [id_ for id_ in ids if id_ not in found]
         if unknown:
             fetched = sum(is_fetched_whole(self._reader.store_name(id_, role)) for id_ in unknown)
@@ -185,6 +163,16 @@ class Absences:
             asked = self._ask(channel, unknown, skip_unreadable)
             self.note({channel: asked})
             found |= asked
+        return found
+
+    def _look_up(self, channel: Channel, ids: Sequence[str]) -> dict[str, bool]:
+        """Whether materials lack a channel, as far as they are cached or that is stored."""
+        found = dict.fromkeys(self._cached_ids(channel, ids), False)
+        known = self._contents(channel.role).get(channel.array, {})
+        names = self._reader.store_names(channel.role)
+        for id_ in ids:
+            if id_ not in found and (name := names.get(id_)) in known:
+                found[id_] = not known[name]
         return found
 
     def _cached_ids(self, channel: Channel, ids: Sequence[str]) -> Collection[str]:
@@ -271,16 +259,21 @@ class Absences:
         Empty if there is none, or if the channels of too few materials are known. Sends no request
         if the directories were listed.
         """
-        known = self._known_lacking()
-        if not known:
+        if not self._asked():
             return ""
         try:
             ids: Sequence[str] = self._reader.stored_ids
             if self._reader.split_file is not None:
                 split = self._reader.split_of_file(self._reader.split_file, decided=False)
                 ids = [*split.train, *split.validation, *split.test]
-            if lacking := {id_: known[id_] for id_ in ids if id_ in known}:
-                self._check(lacking, len(ids))
+            known: dict[str, list[Channel]] = defaultdict(list)
+            for channel in self._asked():
+                found = self._look_up(self._reader.column(*channel), ids) | self._known[channel]
+                for id_ in ids:
+                    if found.get(id_):
+                        known[id_].append(channel)
+            if known:
+                self._check({id_: known[id_] for id_ in ids if id_ in known}, len(ids))
         except ConfigError as exc:
             return str(exc)
         return ""
