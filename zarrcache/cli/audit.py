@@ -30,13 +30,13 @@ def audit(
     ids: Ids = None,
     html: Annotated[
         Path | None,
-        string("FILE", "write a page with pictures of the worst 20 pairs; extra plot"),
+        string("FILE", "write a page with pictures of the worst 20 pairs; needs the extra plot"),
     ] = None,
     as_json: Json = False,
 ) -> int:
     """Find bad pairs: grids, electrons, duplicates, NaN, potentials.
 
-    Reads every density of CONFIG through the cache. Exit code 1: something was found.
+    Reads every density of CONFIG through the cache. Exit code 1 if a pair is bad.
     """
     from zarrcache import ops
     from zarrcache.cli.progress import Meter

@@ -139,7 +139,7 @@ def _confirmed(question: str) -> bool:
 def status(
     config: OptionalConfig = None, directory: Directory = None, as_json: Json = False
 ) -> int:
-    """Show entries, bytes, limit; how much is warm.
+    """Show entries, bytes and limit, and how much is warm.
 
     Sends no request; works offline.
     """
@@ -183,7 +183,7 @@ def ls(
 ) -> int:
     """List cached densities: id, role, shape, bytes, units, time.
 
-    Without CONFIG: all of the cache, without roles. Sends no request.
+    Without CONFIG, lists the whole cache, without roles. Sends no request.
     """
     from zarrcache.ops import list_entries
 
@@ -230,10 +230,10 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Read every entry, drop what is corrupt.
+    """Read every entry and drop corrupt ones.
 
-    The next read fetches it again. Exit 1 if anything was corrupt, cannot be read, is flawed or is
-    gone at the origin; not if it was only stale. Safe while trainings run.
+    The next read fetches them again. Exit code 1 if an entry is corrupt, cannot be read, is flawed
+    or is gone at the origin; 0 if entries are only stale. Safe while trainings run.
     """
     from zarrcache import ops
     from zarrcache.cli.progress import Meter
@@ -266,7 +266,7 @@ def doctor(
 ) -> int:
     """Check this node: versions, disk, locks, S3.
 
-    Prints what to do about each problem. S3 is read with CONFIG's credentials. Exit 1 if a check
+    Prints a remedy for each problem. Reads S3 with CONFIG's credentials. Exit code 1 if a check
     failed.
     """
     from zarrcache.ops import examine

@@ -132,8 +132,8 @@ def convert(
 ) -> int:
     """Convert charge densities to Zarr stores.
 
-    A whole store of the same file is skipped. A file that cannot be read is reported; the others
-    are converted.
+    Skips complete stores of the same file. Reports files that cannot be read, and converts the
+    others.
     """
     from zarrcache.cli.progress import Meter
     from zarrcache.convert import plan_convert

@@ -33,8 +33,8 @@ def demo(
 ) -> int:
     """Run a complete example on this machine.
 
-    In about two minutes: an S3 server on this machine, conversion, a cold epoch, warm epochs, and
-    one with S3 switched off.
+    In about two minutes it starts an S3 server, converts files, and trains: a cold epoch, warm
+    epochs, and one with S3 switched off.
     """
     from zarrcache.demo import run_demo
 

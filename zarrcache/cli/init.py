@@ -26,9 +26,11 @@ def init(
         "zarrcache.yaml"
     ),
     data_dir: Annotated[
-        str | None, string("TEXT", "where the input densities are: s3://... or a directory")
+        str | None, string("TEXT", "directory or s3:// URL of the input densities")
     ] = None,
-    label_dir: Annotated[str | None, string("TEXT", "where the label densities are")] = None,
+    label_dir: Annotated[
+        str | None, string("TEXT", "directory or s3:// URL of the label densities")
+    ] = None,
     map_dir: Annotated[str | None, string("TEXT", "map file of functionals and ids")] = None,
     functional: Annotated[
         str | None, string("TEXT", "functional to train on, for example GGA")

@@ -27,8 +27,8 @@ def lock(
 ) -> int:
     """Write a lock: ids and digests of all values of CONFIG.
 
-    Reads every density through the cache. `cache.lock: FILE` then refuses to train on other data.
-    A lock of other settings is not replaced.
+    Reads every density through the cache. With `cache.lock: FILE` in a config, trainings refuse
+    other data. Does not replace a lock of other settings.
     """
     check_output(output, "a lock file", b'{"zarrcache_lock"')
     made = _of_config(config, output)
@@ -47,7 +47,7 @@ def diff(
 ) -> int:
     """Compare a lock with another lock, or with CONFIG's data.
 
-    Exit code 0: the same; 1: not.
+    Exit code 0 if they are equal, 1 if not.
     """
     from zarrcache.data import DataLock, differences
 

@@ -62,9 +62,9 @@ def map(
     config: S3Config = None,
     as_json: Json = False,
 ) -> int:
-    """Write a map: the task ids that a directory has.
+    """Write a map: the task ids of directories.
 
-    They are listed under the name of a functional. Other functionals of a map that exists are kept.
+    Lists the ids under the name of a functional. If the map exists, keeps its other functionals.
     """
     from zarrcache.data import first_ids
     from zarrcache.ops import find_ids, write_map

@@ -54,8 +54,8 @@ def plan(
 ) -> int:
     """Forecast a run: requests, bytes, cost, hits.
 
-    For CONFIG's training split. Measures up to 1,000 densities at the origin; caches nothing.
-    Prices are those of cache.prices.
+    Forecasts CONFIG's training split at the prices of cache.prices. Measures up to 1,000 densities
+    at the origin; caches nothing.
     """
     from zarrcache.cli.progress import Meter
     from zarrcache.ops import known_refusal, measure_split

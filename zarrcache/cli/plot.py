@@ -51,7 +51,7 @@ def plot(
 
     Captions give each plane's place (x=12/24: index 12 of 24 planes) and its lowest and highest
     value.
-    Reads through CONFIG's cache, and fetches what is not in it.
+    Reads through CONFIG's cache, and fetches densities that are not in it.
     """
     from zarrcache.cli.progress import show_panels
     from zarrcache.disk import write_file

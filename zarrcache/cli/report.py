@@ -27,10 +27,10 @@ def report(
     nodes: Annotated[int, number(1, "nodes of the forecast")] = 1,
     epochs: Annotated[int, number(1, "epochs of the forecast")] = 50,
 ) -> int:
-    """Write a page: epochs so far, cost, what-if.
+    """Write a page: recorded epochs, cost, what-if.
 
-    Epochs are those that LoaderMonitor or CacheMonitor recorded in the cache of CONFIG. Caches
-    nothing. Exit code 1: the origin cannot be read; the page has no forecast.
+    Shows the epochs that LoaderMonitor or CacheMonitor recorded in CONFIG's cache. Caches nothing.
+    Exit code 1 if the origin cannot be read; the page then has no forecast.
     """
     from zarrcache import ops
     from zarrcache.cli.progress import Meter

@@ -19,9 +19,7 @@ def serve(
     config: Config,
     host: Annotated[
         str,
-        string(
-            "HOST", "name or address of this node to listen on; other than loopback needs a token"
-        ),
+        string("HOST", "name or address of this node to listen on; only loopback needs no token"),
     ] = "127.0.0.1",
     port: Annotated[int, number(0, "TCP port; 0 chooses a free one", most=65535)] = 7070,
     token_file: Annotated[

@@ -45,7 +45,7 @@ def warm(
         typer.Option(
             "--revalidate",
             help="list the directories again and compare cached densities with the origin, by one "
-            "LIST each [default: unless cache.revalidate is never]",
+            "LIST each [default: only if cache.revalidate is not never]",
         ),
     ] = False,
     workers: Annotated[
@@ -78,8 +78,8 @@ def warm(
 ) -> int:
     """Fill the cache with every density of CONFIG.
 
-    Safe to stop and run again: only missing densities are fetched, with --revalidate also those
-    that changed at the origin.
+    Safe to stop and run again: fetches only missing densities, and with --revalidate also
+    densities that changed at the origin.
     """
     from zarrcache.ops import plan_warm
     from zarrcache.parallel import each_node_world
