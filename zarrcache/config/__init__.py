@@ -211,9 +211,11 @@ def _or_none(value: object) -> object:
     return None if value == "" else value
 
 
-def _path_or_none(value: object) -> object:
-    """Convert a path to text, and an empty string to None."""
-    return _or_none(os.fspath(value) if isinstance(value, os.PathLike) else value)
+def _path_as_text(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+PathText = Annotated[str, BeforeValidator(_path_as_text)]
 
 
 def _listed(value: object) -> object:
@@ -358,7 +360,7 @@ class LoaderConfig(Block):
     precision: Annotated[Literal["f32", "f16", "bf16"] | None, BeforeValidator(_precision)] = None
     augmentation: bool | None = None
     augment_on: Literal["cpu", "device"] | None = None
-    split_file: Annotated[str | None, BeforeValidator(_path_or_none)] = None
+    split_file: Annotated[PathText | None, BeforeValidator(_or_none)] = None
     val_frac: float | None = None
     random_seed: Whole | None = None
     assignment: Literal["global", "node"] | None = None
@@ -443,9 +445,9 @@ class DataConfig(Block):
     }
 
     dataset_name: str = "zarr_s3_data"
-    data_dir: str
-    label_dir: str
-    map_dir: str
+    data_dir: PathText
+    label_dir: PathText
+    map_dir: PathText
     functional: str
     density_type: Annotated[Any, BeforeValidator(check_density_type), _DENSITY_TYPE] = "total"
     missing: Missing = "error"
@@ -454,7 +456,7 @@ class DataConfig(Block):
     ] = True
     train_fraction: Annotated[float | int, BeforeValidator(_train_fraction)] = 0.8
     random_state: Whole = Field(42, ge=0, lt=2**32)
-    split_file: Annotated[str | None, BeforeValidator(_path_or_none)] = None
+    split_file: Annotated[PathText | None, BeforeValidator(_or_none)] = None
     s3_kwargs: dict[str, Any] | None = Field(None, repr=False)
     source: str | tuple[str, ...] = "auto"
     cache: CacheConfig | None = None
@@ -489,11 +491,6 @@ class DataConfig(Block):
                 near[0],
             )
         return value
-
-    @field_validator("data_dir", "label_dir", "map_dir", mode="before")
-    @classmethod
-    def _path_as_text(cls, value: object) -> object:
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     def check_stores(self) -> None:
         """Raise ConfigError if the config names the loader that uses no cache."""
