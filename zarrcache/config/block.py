@@ -38,7 +38,7 @@ def _explain(model: type[Block], error: ErrorDetails) -> str:
     if isinstance(inner, ConfigError):  # raised by a nested block, with its own message
         return "\n".join(f"{where}.{line}" for line in str(inner).splitlines())
     if error["type"] == "extra_forbidden":
-        known = _keys_at(model, error["loc"][:-1])
+        known = list(model.model_fields)
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
         return f"{where} is not a setting. {hint}"
@@ -75,11 +75,3 @@ def _described(error: ErrorDetails) -> str:
         "tuple": "a list",
     }
     return kinds.get(error["type"].partition("_")[0], f"valid: {error['msg']}")
-
-
-def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    for part in loc:
-        annotation = model.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return list(model.model_fields)
