@@ -1,4 +1,4 @@
-"""The tests of zarrcache. A package, so that spawned processes can import functions defined here."""
+"""The tests of zarrcache. A package, so that spawned processes can import functions of tests."""
 
 from __future__ import annotations
 
