@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from numpy.typing import NDArray
 
 from zarrcache._keys import is_digest
 from zarrcache.disk import StoredEntries
-from zarrcache.train.progress import ReadProgress
+from zarrcache.train.progress import Orders, ReadProgress
 
-__all__ = ["NEVER", "BeladyPolicy", "NextUses"]
+__all__ = ["NEVER", "BeladyPolicy", "ComingEpochs"]
 
 Indices = NDArray[np.int64]
 
@@ -30,23 +29,34 @@ _RANKED_SHARE = 64
 _GRACE = 64
 
 
-class NextUses:
-    """Positions at which samples are used, in the concatenated order of the coming epochs.
+class ComingEpochs:
+    """The orders from one epoch on, and the candidates for eviction found in it.
 
-    Parameters
+    Attributes
     ----------
     order : array of int
-        Samples in the order of their use.
-    samples : int
-        Number of samples.
+        Samples that the node reads in this epoch.
+    own : array of int
+        Samples of this rank.
+    candidates : deque of (next use, digest, bytes)
+        Those that are needed last come first.
+    until_ranking : int
+        Entries to choose for before the candidates are ranked again.
     """
 
-    def __init__(self, order: Indices, samples: int) -> None:
+    def __init__(self, orders: Orders, epoch: int) -> None:
+        self.epoch, self._ranks = epoch, orders.ranks
+        coming = [orders.of_node(epoch + ahead) for ahead in range(orders.epochs_ahead)]
+        self.order, self.own = coming[0], np.unique(orders.of_rank(epoch))
+        self.candidates: deque[tuple[int, str, int]] = deque()
+        self.until_ranking = 0
+        order = np.concatenate(coming)
+        counts = np.bincount(order, minlength=len(orders.names))
         self._uses = np.append(np.argsort(order, kind="stable"), NEVER)
-        self._starts = np.concatenate(([0], np.cumsum(np.bincount(order, minlength=samples))))
+        self._starts = np.concatenate(([0], np.cumsum(counts)))
 
-    def of(self, samples: Indices, passed: Indices) -> Indices:
-        """Position of the next use of each sample, or NEVER.
+    def next_uses(self, samples: Indices, passed: Indices) -> Indices:
+        """Positions of the next uses in the concatenated orders, or NEVER.
 
         Parameters
         ----------
@@ -60,18 +70,21 @@ class NextUses:
         )
         return found
 
+    def passed(self, started: Indices) -> Indices:
+        """Uses in this epoch that are over, shape (samples, 2).
 
-@dataclass
-class _Epoch:
-    """The orders from one epoch on, and the candidates for eviction found in it."""
+        Counted for this rank; the other ranks of the node are assumed to be as far.
+        """
+        if self._ranks == 1:
+            return started
+        passed = np.bincount(self.order[: self.steps(started)], minlength=len(started))
+        both = np.repeat(passed[:, None], started.shape[1], axis=1)
+        both[self.own] = started[self.own]
+        return both
 
-    epoch: int
-    uses: NextUses
-    order: Indices  # of the node, in this epoch
-    own: Indices  # samples of this rank
-    # (next use, digest, bytes), needed last first
-    candidates: deque[tuple[int, str, int]] = field(default_factory=deque)
-    until_ranking: int = 0
+    def steps(self, started: Indices) -> int:
+        """Number of reads of the node's order that are over."""
+        return int(started[self.own].sum()) // int(started.shape[1]) * self._ranks
 
 
 class BeladyPolicy:
@@ -97,7 +110,7 @@ class BeladyPolicy:
         self._names = names
         self._roles = np.array(roles, np.int64)
         self._place = np.argsort(self._names, axis=None)
-        self._current: _Epoch | None = None
+        self._current: ComingEpochs | None = None
 
     def __reduce__(self) -> tuple[type[BeladyPolicy], tuple[Any, ...]]:
         return type(self), (self._progress, self._names, self._roles)
@@ -141,7 +154,7 @@ class BeladyPolicy:
         now.candidates.extendleft(reversed(chosen))
         return []
 
-    def _rank(self, now: _Epoch, rows: Sequence[tuple[Any, ...]]) -> None:
+    def _rank(self, now: ComingEpochs, rows: Sequence[tuple[Any, ...]]) -> None:
         """Rank the stored entries by their next use, needed last first."""
         # Skip damaged rows.
         stored = [row for row in rows if is_digest(row[0]) and isinstance(row[1], int)]
@@ -154,7 +167,7 @@ class BeladyPolicy:
         # A use counts as over when it starts; its file has to stay until it finishes.
         uses[(started > finished)[sample, role]] = -1
         # What a DataLoader worker has read may not have been trained on yet.
-        steps = self._steps(now, started)
+        steps = now.steps(started)
         first = max(0, steps - min(_GRACE, len(stored) // 16))
         uses[np.isin(sample, now.order[first:steps])] = -1
         last_first = np.argsort(-uses, kind="stable")
@@ -175,36 +188,15 @@ class BeladyPolicy:
         sample, channel = np.divmod(at, self._names.shape[1])
         return np.where(flat[at] == wanted, sample, -1), self._roles[channel]
 
-    def _next_uses(self, now: _Epoch, started: Indices, sample: Indices, role: Indices) -> Indices:
+    def _next_uses(
+        self, now: ComingEpochs, started: Indices, sample: Indices, role: Indices
+    ) -> Indices:
         """Positions of the next uses: -1 if not a sample, NEVER if not needed."""
-        passed = self._passed(now, started)[sample, role]
-        return np.where(sample >= 0, now.uses.of(sample, passed), -1)
+        passed = now.passed(started)[sample, role]
+        return np.where(sample >= 0, now.next_uses(sample, passed), -1)
 
-    def _of_this_epoch(self) -> _Epoch:
-        now, epoch, orders = self._current, self._progress.epoch, self._progress.orders
+    def _of_this_epoch(self) -> ComingEpochs:
+        now, epoch = self._current, self._progress.epoch
         if now is None or now.epoch != epoch:
-            coming = [orders.of_node(epoch + ahead) for ahead in range(orders.epochs_ahead)]
-            now = _Epoch(
-                epoch,
-                NextUses(np.concatenate(coming), len(self._names)),
-                coming[0],
-                np.unique(orders.of_rank(epoch)),
-            )
-            self._current = now
+            now = self._current = ComingEpochs(self._progress.orders, epoch)
         return now
-
-    def _passed(self, now: _Epoch, started: Indices) -> Indices:
-        """Uses in this epoch that are over, shape (samples, 2).
-
-        Counted for this rank; the other ranks of the node are assumed to be as far.
-        """
-        if self._progress.orders.ranks == 1:
-            return started
-        passed = np.bincount(now.order[: self._steps(now, started)], minlength=len(started))
-        both = np.repeat(passed[:, None], started.shape[1], axis=1)
-        both[now.own] = started[now.own]
-        return both
-
-    def _steps(self, now: _Epoch, started: Indices) -> int:
-        """Number of reads of the node's order that are over."""
-        return int(started[now.own].sum()) // int(started.shape[1]) * self._progress.orders.ranks

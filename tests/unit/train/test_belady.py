@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache.data import Read
-from zarrcache.train.belady import NEVER, BeladyPolicy, NextUses
+from zarrcache.train.belady import NEVER, BeladyPolicy, ComingEpochs
 from zarrcache.train.progress import Listed, Orders, ReadProgress, Scheduled
 from zarrcache.train.schedule import Schedule
 
@@ -49,10 +49,10 @@ def read(progress: ReadProgress, name: str) -> None:
 
 def test_next_uses_follow_the_order() -> None:
     """Each sample's next position, past those that are over; NEVER after the last."""
-    uses = NextUses(np.array([2, 0, 2, 1]), 4)
+    coming = ComingEpochs(Listed((*"abcd",), (("c", "a"), ("c", "b"))), 0)
     everything = np.arange(4)
-    assert uses.of(everything, np.zeros(4, np.int64)).tolist() == [1, 3, 0, NEVER]
-    assert uses.of(everything, np.array([1, 0, 1, 0])).tolist() == [NEVER, 3, 2, NEVER]
+    assert coming.next_uses(everything, np.zeros(4, np.int64)).tolist() == [1, 3, 0, NEVER]
+    assert coming.next_uses(everything, np.array([1, 0, 1, 0])).tolist() == [NEVER, 3, 2, NEVER]
 
 
 def test_what_is_needed_last_goes_and_nothing_goes_for_what_is_needed_later() -> None:
