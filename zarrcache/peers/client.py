@@ -107,8 +107,6 @@ class Reply:
         Seconds that the home waited for another node, and how long that was silent at the end.
     spent_s : float
         Seconds that the peer took, without those that it waited.
-    can_serve : bool
-        With ``lease``: other nodes can get the entry from this one.
     """
 
     kind: Literal["entry", "at", "lease", "busy", "alone", "none", "failed"]
@@ -119,7 +117,6 @@ class Reply:
     waited_s: float = 0.0
     silent_s: float = 0.0
     spent_s: float = 0.0
-    can_serve: bool = True
     connection: Connection | None = None
     body: http.client.HTTPResponse | None = None
     seal: Any = None
@@ -272,7 +269,7 @@ class Peers:
         """Report to the home how the lease ended."""
         # Closing the connection ends the lease as well, for another node to take. So it is with an
         # entry that others cannot get from here.
-        if lease.can_serve:
+        if self._can_serve:
             self._report(lease, outcome="stored" if is_stored else "given-up")
         lease.close()
 
@@ -312,7 +309,7 @@ class Peers:
         until_s = time.monotonic() + self._patience_s
         begin_s, charged_s = time.monotonic(), 0.0
         named: set[str] = set()
-        can_serve = self._is_served(home)
+        self._check_own_server(home)
         while True:
             left_out = (node for node in self._nodes if not self._patience.left_s(node))
             reply = self._ask(
@@ -321,7 +318,6 @@ class Peers:
                 source,
                 wants_lease=True,
                 without=sorted({*asked, *left_out} - {home, self.own})[:_MAX_WITHOUT],
-                can_serve=can_serve,
             )
             yield reply
             if reply.kind == "at" and reply.node not in named:
@@ -344,12 +340,11 @@ class Peers:
             if time.monotonic() > until_s:
                 return
 
-    def _is_served(self, home: str) -> bool:
-        """Whether the other nodes can get entries from this one, by its last check.
-
-        Its own server is checked every 5 s at most. If it does not answer, this node still gets
-        entries from others, but the next node that misses an entry that this one has fetched has to
-        fetch it again. So this node lets another one that misses the same entry go first.
+    def _check_own_server(self, home: str) -> None:
+        """Find out whether the other nodes can get entries from this one, every 5 s at most.
+        If it does not answer, this node still gets
+               entries from others, but the next node that misses an entry that this one has fetched has to
+               fetch it again. So this node lets another one that misses the same entry go first.
         """
         assert self.own is not None
         if home != self.own and time.monotonic() >= self._own_until_s:
@@ -358,7 +353,6 @@ class Peers:
                 not is_left_out and self._ask(self.own, _NO_ENTRY, None).kind != "failed"
             )
             self._own_until_s = time.monotonic() + _OWN_CHECK_S
-        return self._can_serve
 
     def _ask(
         self,
@@ -368,21 +362,19 @@ class Peers:
         *,
         wants_lease: bool = False,
         without: Collection[str] = (),
-        can_serve: bool = True,
     ) -> Reply:
         limit_s = self._patience.limit_s(peer, _WAITING_ANSWER_S if wants_lease else _ANSWER_S)
         fields: list[tuple[str, str]] = [("source", source)] if source else []
         if wants_lease:
             fields += [("node", self.own or ""), ("wait", f"{min(WAIT_S, limit_s / 2):.2f}")]
             fields += [("without", node) for node in without]
-            if not can_serve and self._patience.left_s(_FOLLOWING):
+            if not self._can_serve and self._patience.left_s(_FOLLOWING):
                 fields.append(("after", "others"))
         target = f"/{VERSION}/entries/{digest}?{urlencode(fields)}"
         begin_s = time.monotonic()
         reply = Reply("failed", peer, digest)
         try:
             reply = self._reply(peer, target, digest, limit_s)
-            reply.can_serve = can_serve
         except (OSError, http.client.HTTPException, ValueError) as exc:
             reply.failure = str(exc) or type(exc).__name__
         reply.spent_s = max(0.0, time.monotonic() - begin_s - min(reply.waited_s, WAIT_S))
@@ -394,7 +386,7 @@ class Peers:
             )
         else:
             self._charge(peer, reply.spent_s, reply.failure)
-            if reply.kind == "lease" and not can_serve:
+            if reply.kind == "lease" and not self._can_serve:
                 self._patience.charge(_FOLLOWING, reply.waited_s)
         if peer == self.own and reply.kind == "failed":
             self._can_serve, self._own_until_s = False, time.monotonic() + _OWN_CHECK_S
