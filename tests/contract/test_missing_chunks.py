@@ -141,6 +141,39 @@ def test_of_many_densities_with_absent_chunks_one_is_named(
     assert caplog.text.count("of its chunks are absent") == 1
 
 
+@pytest.mark.parametrize("name", ["v2", "v2-slashes", "v3", "v3-dots", "sharded", "zip"])
+def test_array_is_not_filled_where_its_chunks_have_other_keys(tmp_path: Path, name: str) -> None:
+    """As those of zarr before 2.8, which did not say that its keys have slashes."""
+    stores = pair(tmp_path, LAYOUTS[name])
+    for store in stores:
+        rewrite_separator(store)
+    with pytest.raises(IncompleteArrayError, match="named like chunks of another array"):
+        make_reader(tmp_path, cache={"missing_chunks": "fill"}).load("mp-1", "data")
+
+
+def rewrite_separator(store: Path) -> None:
+    """Let the metadata name the other separator of keys."""
+    if store.suffix == ".zip":
+        with zipfile.ZipFile(store) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+    else:
+        members = {
+            f"{NAME}/{f.name}": f.read_bytes() for f in (store / NAME).iterdir() if f.is_file()
+        }
+    key = next(k for k in (f"{NAME}/.zarray", f"{NAME}/zarr.json") if k in members)
+    document = json.loads(members[key])
+    keys = document.get("chunk_key_encoding", {}).get("configuration", document)
+    field = "dimension_separator" if keys is document else "separator"
+    keys[field] = "/" if keys.get(field, ".") == "." else "."
+    members[key] = json.dumps(document).encode()
+    if store.suffix != ".zip":
+        (store / key).write_bytes(members[key])
+        return
+    with zipfile.ZipFile(store, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
 def test_sparse_array_is_read_as_zarr_reads_it(tmp_path: Path) -> None:
     """Zarr writes no object for chunks of zeros."""
     values = np.zeros((8, 5, 6), np.float32)

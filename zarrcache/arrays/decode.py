@@ -305,6 +305,8 @@ class ArrayDecoder:
         self.missing_chunks, n_chunks = count_missing(document, self._keys)
         if self.missing_chunks and not self._fills:
             raise absent_chunks(self._url, self.missing_chunks, n_chunks)
+        if self.missing_chunks == n_chunks:
+            self._check_other_keys(n_chunks)
         if self._reserve is not None:
             self._reserve(_claimed_bytes(document))
         if layout is None:
@@ -322,6 +324,20 @@ class ArrayDecoder:
             self._out = np.full(layout.shape, layout.fill, dtype)
         else:  # memory that is not touched is zero
             self._out = np.zeros(layout.shape, dtype)
+
+    def _check_other_keys(self, n_chunks: int) -> None:
+        """Refuse to fill an array whose chunks are there under keys of another kind.
+
+        Zarr before 2.8 wrote ``0/0/0`` without saying so in the metadata.
+        """
+        documents = {"zarr.json", ".zarray"}
+        other = next((k for k in self._keys if k not in documents and is_array_key(k)), None)
+        if n_chunks and other is not None:
+            raise IncompleteArrayError(
+                f"{self._url} has none of its {n_chunks} chunks, but objects that are named like "
+                f"chunks of another array: {other}. Correct dimension_separator (v2) or "
+                "chunk_key_encoding (v3) in its metadata, or convert the store again."
+            )
 
     def _decode(self, key: str, data: Buffer) -> None:
         layout, out, starts = self._layout, self._out, self._starts.get(key)
