@@ -95,7 +95,7 @@ def _tiles(recorded: RecordedRuns, plan: WhatIf | None) -> str:
         currency = plan.present.prices.currency
         found += [
             ("Cost so far", f"{format_money(paid)} {currency}", "requests and bytes of all epochs"),
-            ("Saved", f"{format_money(saved)} {currency}", "what the hits would have cost"),
+            ("Saved", f"{format_money(saved)} {currency}", "cost of the hits at the origin"),
         ]
     tiles = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(what)}</small></dd></div>"
@@ -137,7 +137,7 @@ def _recorded(recorded: RecordedRuns, cache: CacheConfig) -> Iterable[str]:
     if len(recorded.runs) > 1:
         yield "<h2>All recorded processes</h2>"
         yield (
-            '<p class="faint">Each rank of a training on several GPUs is a process of its own. '
+            '<p class="faint">Each rank of a training on several GPUs is a separate process. '
             "Sums over all epochs.</p>"
         )
         every = _table(
@@ -239,7 +239,7 @@ def _forecast(plan: Forecast) -> Iterable[str]:
     )
     shown = list(enumerate(plan.epochs[:_EPOCHS], start=1))
     if len(shown) < plan.run_epochs:
-        yield f"<p>Drawn are the first {len(shown)} epochs; later ones are like the last.</p>"
+        yield f"<p>The charts show the first {len(shown)} epochs; later ones are like the last.</p>"
     yield '<div class="charts">'
     yield lines(
         "Hits",
@@ -329,19 +329,19 @@ def _sizes(plan: WhatIf) -> Iterable[str]:
     )
     yield (
         f'<p class="faint">Requests, bytes and cost are of {counted(present.run_epochs, "epoch")} '
-        f"with cache.eviction: {present.variant.eviction}, which is what the config says."
+        f"with cache.eviction: {present.variant.eviction}, as in the config."
         "</p>"
     )
 
 
 def _nodes(plan: WhatIf) -> Iterable[str]:
     present = plan.present
-    yield "<h2>What if it ran on other numbers of nodes?</h2>"
+    yield "<h2>What if the training ran on other numbers of nodes?</h2>"
     yield (
         f"<p>Each node has its own cache of {format_bytes(present.capacity_bytes)}, and does not "
         "take entries from other nodes (<code>cache.peers</code> saves requests beyond this). "
         "With <code>assignment: global</code> any node may read any sample; with "
-        "<code>node</code> each has a share of its own.</p>"
+        "<code>node</code> each node has its own share.</p>"
     )
 
     def by_nodes(value: Callable[[Forecast], float]) -> list[Series]:
@@ -382,17 +382,15 @@ def _nodes(plan: WhatIf) -> Iterable[str]:
 def _basis(plan: Forecast, config: DataConfig) -> str:
     prices = plan.prices
     is_billed = any("://" in str(place) for place in (config.data_dir, config.label_dir))
-    free = (
-        "" if is_billed else " These densities lie in a directory: S3 would charge this for them."
-    )
+    free = "" if is_billed else " These densities are in a directory; this is what S3 would charge."
     measured = "all" if plan.measured == plan.densities else f"{plan.measured:,}"
     return (
         "<h2>How it was computed</h2>"
         f"<p>Training split: {counted(plan.samples, 'sample')}, {plan.densities:,} densities of "
         f"{plan.gets:.0f} objects and {format_bytes(plan.stored_bytes // plan.densities)} on "
         f"average, {measured} of them measured at the origin. Hits are simulated with the "
-        "sampler's own order from an empty cache, as <code>zarrcache plan</code> does; epochs that "
-        "were not simulated are taken to be like the last half of those that were.</p>"
+        "sampler's own order from an empty cache, as in <code>zarrcache plan</code>. Epochs that "
+        "were not simulated count as the mean of the last half of the simulated ones.</p>"
         f"<p>Prices of {escape(prices.dated)}, from <code>cache.prices</code>: 1,000 LIST requests "
         f"{prices.list_per_1000:g}, 1,000 GET requests {prices.get_per_1000:g}, one GiB "
         f"{prices.transfer_per_gib:g} {escape(prices.currency)}.{free} The cost so far is that of "
