@@ -213,14 +213,9 @@ def _parse(path: Path, read: Callable[[Path], RawDensity | DensityFile]) -> RawD
             parsed = RawDensity(found.blocks, found.structure, found.task_id, found.notes)
         except (ConfigError, SchemaError, MemoryError):
             raise
-        except OSError as exc:
-            if exc.errno is not None:
-                raise
-            raise SchemaError(
-                f"{path} cannot be decompressed ({exc}). It is cut short or not what its name "
-                "says; get it again."
-            ) from exc
         except Exception as exc:
+            if isinstance(exc, OSError) and exc.errno is not None:
+                raise
             raise SchemaError(
                 f"{path} cannot be read as a charge density ({_cause(exc)}). Check that it is a "
                 "whole CHGCAR or MP JSON file."
