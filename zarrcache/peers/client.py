@@ -341,10 +341,11 @@ class Peers:
                 return
 
     def _check_own_server(self, home: str) -> None:
-        """Find out whether the other nodes can get entries from this one, every 5 s at most.
-        If it does not answer, this node still gets
-               entries from others, but the next node that misses an entry that this one has fetched has to
-               fetch it again. So this node lets another one that misses the same entry go first.
+        """Find out, every 5 s at most, whether the other nodes can get entries from this one.
+
+        If they cannot, this node still gets entries from others, but the next node that misses an
+        entry that this one has fetched has to fetch it again. So this node lets another one that
+        misses the same entry go first.
         """
         assert self.own is not None
         if home != self.own and time.monotonic() >= self._own_until_s:
