@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from zarrcache.errors import ConfigError
 from zarrcache.parallel import World
-from zarrcache.train import CombinedDataset, NodeSampler, Sample, ZarrDataset
+from zarrcache.train import CombinedDataset, Lookahead, NodeSampler, Sample, ZarrDataset
 
 __all__ = ["Sampler", "TrainLoader", "world_of"]
 
@@ -30,7 +29,10 @@ class Sampler(NodeSampler, DistributedSampler[int]):
 class TrainLoader(DataLoader[Sample]):
     """A resumable DataLoader. Its length is that of the whole epoch; it yields the rest of it."""
 
-    on_begin: Callable[[int], None]
+    #: Fetches ahead of this loader.
+    ahead: Lookahead | None = None
+    #: The epoch of which it has drawn samples last.
+    begun: int | None = None
 
     @property
     def planned(self) -> NodeSampler:
@@ -63,8 +65,9 @@ class TrainLoader(DataLoader[Sample]):
     def __iter__(self) -> Any:
         # Trainer(overfit_batches=...) replaces the sampler on purpose, and warns.
         if not isinstance(self.sampler, SequentialSampler):
-            epoch = self.planned.epoch
-            self.on_begin(epoch)
+            self.begun = self.planned.epoch
+            if self.ahead is not None:
+                self.ahead.set_epoch(self.begun)
         return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:

@@ -171,7 +171,6 @@ class ZarrDataModule(DataModule):
         self._deferring: ZarrDataset | CombinedDataset | None = None
         self._loader: TrainLoader | None = None
         self._ahead: Lookahead | None = None
-        self._begun: int | None = None
         self._loaded: dict[str, Any] = {}
 
     # -- datasets
@@ -222,14 +221,14 @@ class ZarrDataModule(DataModule):
         loader = TrainLoader(
             dataset, sampler=sampler, drop_last=self.drop_last, **self._options(self.train_workers)
         )
-        loader.on_begin = self._epoch_begins
-        self._loader, self._begun = loader, None
+        self._loader = loader
         if self.trainer is not None:
             self._join(loader, sampler)
         self.teardown()
         # A combined dataset has one order over several caches.
         if isinstance(dataset, ZarrDataset):
-            self._ahead = Lookahead(dataset, sampler)  # before the loader starts its workers
+            # Before the loader starts its workers.
+            self._ahead = loader.ahead = Lookahead(dataset, sampler)
         return loader
 
     def teardown(self, stage: str | None = None) -> None:
@@ -304,12 +303,6 @@ class ZarrDataModule(DataModule):
 
     # -- position in the epoch
 
-    def _epoch_begins(self, epoch: int) -> None:
-        """Called when the training loader is about to draw the first samples of an epoch."""
-        self._begun = epoch
-        if self._ahead is not None:
-            self._ahead.set_epoch(epoch)
-
     def state_dict(self) -> dict[str, Any]:
         """The position in the epoch, identical on all ranks; Lightning puts it into checkpoints."""
         loader, trainer = self._loader, self.trainer
@@ -319,7 +312,7 @@ class ZarrDataModule(DataModule):
         # Batches trained on, not batches drawn: an exception may have ended a step in between.
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         trained = batches.processed
-        if self._begun != sampler.epoch:
+        if loader.begun != sampler.epoch:
             taken = 0
         elif trained >= len(loader):
             taken = len(sampler)
