@@ -29,7 +29,7 @@ from zarrcache.parallel import Reserve, node_name
 if TYPE_CHECKING:
     from zarrcache.convert.upload import S3Destination
 
-__all__ = ["ConvertResult", "Converter", "Elsewhere", "is_s3"]
+__all__ = ["ConvertResult", "Converter", "is_s3"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,9 @@ class Converter:
     dtype: Literal["float32", "float64"]
     #: Names of stores that are not whole, to be replaced.
     replace: frozenset[str] = frozenset()
+    #: What another machine has to see, with the names for messages. Without the check, thousands of
+    #: files would fail one by one, or stores would be written to a local disk.
+    shared: tuple[tuple[Path, str], ...] = ()
 
     def __call__(
         self, file: tuple[Path, str], reserve: Reserve | None = None
@@ -95,6 +98,12 @@ class Converter:
         An error of the file is in the result. An error of the destination, which would affect the
         next file too, is returned itself.
         """
+        for needed, called in self.shared:
+            if not needed.exists():
+                return ConfigError(
+                    f"{node_name()} does not see {called}. Sources and destination must be on a "
+                    "file system that all machines of the cluster share; stores may also go to S3."
+                )
         path, task_id = file
         result = functools.partial(self.result, path, task_id)
         try:
@@ -287,30 +296,6 @@ class Verdict:
     def is_done(self) -> bool:
         """Whether the store is whole and of this file."""
         return self.error is None and not self.existing.problem
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """Runs the converter on another machine, after a check that it sees the same files.
-
-    Without it, thousands of files would fail one by one, or stores would be written to a local
-    disk.
-    """
-
-    convert: Converter
-    root: Path
-    witness: Path | None
-
-    def __call__(
-        self, file: tuple[Path, str], reserve: Reserve | None = None
-    ) -> ConvertResult | ZarrCacheError:
-        for needed, name in ((self.root, self.root), (self.witness, self.convert.dst)):
-            if needed is not None and not needed.exists():
-                return ConfigError(
-                    f"{node_name()} does not see {name}. Sources and destination must be on a file "
-                    "system that all machines of the cluster share; stores may also go to S3."
-                )
-        return self.convert(file, reserve)
 
 
 def is_s3(dst: str) -> bool:

@@ -10,12 +10,12 @@ import logging
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from zarrcache._units import whole_number
-from zarrcache.convert.converter import Converter, ConvertResult, Elsewhere, is_s3
+from zarrcache.convert.converter import Converter, ConvertResult, is_s3
 from zarrcache.convert.density import check_name
 from zarrcache.convert.durable import make_directory, sync_directory
 from zarrcache.convert.formats import LeftOut, Naming, Sources, find_files, registered_formats
@@ -180,12 +180,12 @@ class ConvertPlan:
                 if engine is None:
                     given = spread(self._convert, files, self.workers, stop_s=_STOP_S)
                 else:
-                    witness = None
+                    root = os.path.commonpath([path.parent for path in self.files] or [Path()])
+                    shared = [(Path(root), root)]
                     if not is_s3(self.dst):
                         witness = stack.enter_context(witness_in(Path(self.dst)))
-                    directories = [path.parent for path in self.files] or [Path()]
-                    root = Path(os.path.commonpath(directories))
-                    given = engine(Elsewhere(self._convert, root, witness), files)
+                        shared.append((witness, self.dst))
+                    given = engine(replace(self._convert, shared=tuple(shared)), files)
                 for file, outcome in stack.enter_context(closing(given)):
                     if isinstance(outcome, Died):
                         error = (
