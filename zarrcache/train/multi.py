@@ -77,7 +77,6 @@ class Sources:
             name: whole_number("random_seed", seed, most=2**32 - 1)
             for name, seed in self._own("random_seed", random_seed, 42).items()
         }
-        self._cached = [name for name, one in configs.items() if one.cache is not None]
         self.readers: dict[str, ZarrS3Reader] = {
             name: open_reader(one) for name, one in configs.items()
         }
@@ -131,9 +130,10 @@ class Sources:
 
     def list_into_cache(self) -> None:
         """List the origins of cached configs, so that other processes find the stored listing."""
-        for name in self._cached:
-            _ = self.readers[name].stored_ids
-            _ = self.splits[name]  # finds out which materials lack a channel, too
+        for name, reader in self.readers.items():
+            if reader.cache_config is not None:
+                _ = reader.stored_ids
+                _ = self.splits[name]  # finds out which materials lack a channel, too
 
     @cached_property
     def splits(self) -> dict[str, Split]:
