@@ -114,12 +114,14 @@ def _serve() -> None:
     atexit.register(_leave)  # registered first, called last
     import botocore.session
 
+    import zarrcache.cli
     from tests.support.services import parse_s3, sharing_loader
 
     for name in _IMPORTS:
         importlib.import_module(name)
     botocore.session.create_loader = sharing_loader()
     parse_s3()
+    zarrcache.cli._application()  # which it keeps
     while line := sys.stdin.readline():
         job = json.loads(line)
         for name in (name for word in job["args"] for name in _MORE.get(word, ())):
