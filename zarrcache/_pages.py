@@ -57,7 +57,7 @@ _NAME_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """Where another process of this user finds a worker's file, and the name that is in it."""
+    """The path at which other processes of this user find a worker's file, and its name."""
 
     pid: int
     descriptor: int
@@ -111,7 +111,7 @@ class _Area:
 
 
 def _header_bytes(nbytes: int) -> int:
-    """Where the blocks of a shared file begin."""
+    """Offset of the first block of a shared file."""
     return _up(_PAGE + nbytes // _PAGE)
 
 

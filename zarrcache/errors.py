@@ -19,7 +19,7 @@ Three of these choices keep wrong numbers out of a training run:
 * ``IncompleteArrayError`` is not an ``OSError``. zarr takes a ``FileNotFoundError`` from a store
   for a chunk that was never written and silently returns the fill value. A listed object that
   cannot be read must not be mistaken for one.
-* A reader raises nothing else, whatever the libraries beneath it raise. A loop over a
+* A reader raises only these errors, for any exception of the libraries beneath it. A loop over a
   dataset takes an ``IndexError`` for its end, and a loop over a DataLoader a ``StopIteration``.
 * Every error takes exactly one string. DataLoader rebuilds a worker's exception as
   ``type(exc)(message)``; with two arguments that fails and hides the cause.

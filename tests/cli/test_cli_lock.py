@@ -214,7 +214,7 @@ def without_digests(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (no_json, "is not whole JSON"),
+        (no_json, "is not complete JSON"),
         (another_file, "is not a lock file"),
         (a_later_format, "has format 9; this version reads 1"),
         (without_digests, "lacks 'sha256'"),

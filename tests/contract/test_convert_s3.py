@@ -328,7 +328,7 @@ def test_a_store_on_s3_that_is_not_whole_or_of_another_file_is_not_skipped(
         plan = plan_convert(source, url, workers=1, **options)
         assert [path.name for path in plan.files] == [f"{IDS[0]}.CHGCAR"]
         (done,) = plan.execute().converted
-        assert "was not whole" in done.warnings[-1]
+        assert "was incomplete" in done.warnings[-1]
         assert name in s3_server.keys(prefix)
     other = source.parent / "other" / f"{IDS[0]}.CHGCAR"
     other.parent.mkdir()

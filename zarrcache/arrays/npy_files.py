@@ -172,7 +172,7 @@ def _array(data: Buffer, where: str) -> NDArray[Any]:
             raise ValueError("it is larger than memory")
         values: NDArray[Any] = np.asarray(np.load(file, allow_pickle=False))
     except (ValueError, EOFError, OSError, TypeError, SyntaxError, OverflowError) as exc:
-        raise SchemaError(f"{where} is not a whole .npy file ({exc}). Get it again.") from exc
+        raise SchemaError(f"{where} is not a complete .npy file ({exc}). Get it again.") from exc
     except MemoryError as exc:
         raise SchemaError(f"{where} announces more numbers than fit in memory.") from exc
     if values.dtype.kind not in "iuf":

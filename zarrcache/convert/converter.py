@@ -84,7 +84,7 @@ class Converter:
     formats: tuple[InputFormat, ...]
     units: Literal["cell", "volume"]
     dtype: Literal["float32", "float64"]
-    #: Names of stores that are not whole, to be replaced.
+    #: Names of incomplete stores, to be replaced.
     replace: frozenset[str] = frozenset()
     #: What another machine has to see, with the names for messages. Without the check, thousands of
     #: files would fail one by one, or stores would be written to a local disk.
@@ -130,7 +130,7 @@ class Converter:
         target = f"{self.dst}/{name}"
         warnings = density.warnings
         if name in self.replace:
-            warnings = (*warnings, f"{target} was not whole; it is converted again.")
+            warnings = (*warnings, f"{target} was incomplete; it is converted again.")
         overwrite = self.overwrite or name in self.replace
         try:
             try:
@@ -142,7 +142,7 @@ class Converter:
                 verdict = self.verdicts({path: task_id}).get(path)
                 if verdict is None or verdict.is_done:
                     return result(skipped=True)
-                error = verdict.error or f"{target} is not whole. Run the same command again."
+                error = verdict.error or f"{target} is incomplete. Run the same command again."
                 return result(error=error)
         except ConfigError as exc:
             return result(error=str(exc))
@@ -225,8 +225,8 @@ class Converter:
         elif existing.source is None:
             if existing.problem:
                 error = (
-                    f"{target} is not whole ({existing.problem}) and does not say what it was made "
-                    f"from, so it is not replaced. {hint}"
+                    f"{target} is incomplete ({existing.problem}) and does not name its source "
+                    f"file, so it is not replaced. {hint}"
                 )
         elif not is_same:
             error = (
@@ -289,12 +289,12 @@ class Verdict:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether the store is not whole, and is to be replaced."""
+        """Whether the store is incomplete, and is to be replaced."""
         return self.error is None and bool(self.existing.problem)
 
     @property
     def is_done(self) -> bool:
-        """Whether the store is whole and of this file."""
+        """Whether the store is complete and was made from this file."""
         return self.error is None and not self.existing.problem
 
 

@@ -54,8 +54,9 @@ class ConvertReport:
 class ConvertPlan:
     """The files to convert and those to skip. Planning writes nothing.
 
-    A file is skipped only if its store is whole and was made from the same content. A store that is
-    not whole is converted again. A store of another file is not replaced without ``overwrite``; it
+    A file is skipped only if its store is complete and was made from the same content. An
+    incomplete store is converted again. A store of another file is not replaced without
+    ``overwrite``; it
     is in ``refused``.
 
     Attributes

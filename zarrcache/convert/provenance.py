@@ -49,7 +49,7 @@ class Source:
 class Existing:
     """A store that is there already."""
 
-    #: Why it is not whole; empty if no object is missing or too short.
+    #: Why it is incomplete; empty if no object is missing or too short.
     problem: str
     #: None: another program or an earlier version wrote it.
     source: Source | None = None

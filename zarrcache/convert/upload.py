@@ -94,7 +94,7 @@ class S3Destination:
         return found
 
     def examine(self, name: str) -> Existing:
-        """Whether a store is whole, and what it was made from. One LIST and one GET."""
+        """Whether a store is complete, and what it was made from. One LIST and one GET."""
         root = self._key(name)
         context = self._bucket.context(f"{self.url}/{name}")
         if name.endswith(".zip"):

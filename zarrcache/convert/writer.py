@@ -189,7 +189,7 @@ def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool 
 
 
 def examine_store(path: Path) -> Existing:
-    """Whether the store at a local path is whole, and what it was made from."""
+    """Whether the store at a local path is complete, and what it was made from."""
     if path.name.endswith(".zip"):
         return examine_zip(path)
     sizes = {}

@@ -113,7 +113,7 @@ class DataLock:
             ) from exc
         except (ValueError, EOFError, zlib.error) as exc:
             raise ConfigError(
-                f"{where} is not whole JSON ({exc}). If it was a lock file, write it again with "
+                f"{where} is not complete JSON ({exc}). If it was a lock file, write it again with "
                 "`zarrcache lock`."
             ) from exc
         version = document.get("zarrcache_lock") if isinstance(document, dict) else None

@@ -400,7 +400,7 @@ def parse_header(
     """
 
     def corrupt(why: str) -> CorruptEntryError:
-        return CorruptEntryError(f"{os.fspath(path)} is not a whole entry: {why}.")
+        return CorruptEntryError(f"{os.fspath(path)} is not a complete entry: {why}.")
 
     if len(raw) < _PREFIX.size:
         raise corrupt(f"{len(raw)} bytes long")

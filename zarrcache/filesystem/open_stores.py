@@ -65,7 +65,7 @@ class Place:
 class OpenStores:
     """State shared by the instances of a process with one configuration. Safe from any thread.
 
-    Its memory and its descriptors are bounded, whatever the number of URLs.
+    Its memory and its descriptors are bounded for any number of URLs.
     """
 
     def __init__(self, config: CacheConfig) -> None:

@@ -117,7 +117,7 @@ def transforms_of(transform: Any) -> dict[str, Any]:
 
 
 def start_method(train_workers: int, val_workers: int) -> str | None:
-    """How workers are started, unless the user says; None is Python's own way."""
+    """Start method of workers if the user sets none; None is Python's default."""
     if bool(train_workers) != bool(val_workers) and multiprocessing.get_start_method() == "fork":
         # Not forkserver: its workers do not notice when the training is killed, and keep on
         # running.

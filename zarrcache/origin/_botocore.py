@@ -186,7 +186,7 @@ def settings_of(kwargs: Mapping[str, Any], bucket: str, region: str | None = Non
 
 
 def trusted_by(kwargs: Mapping[str, Any]) -> bool | str:
-    """How botocore checks certificates, which a client does not show. A string is a path.
+    """The setting of botocore for certificates, which a client does not show. A string is a path.
 
     Raises
     ------

@@ -198,7 +198,7 @@ def test_a_store_that_is_not_whole_is_converted_again(
         DAMAGE[damage](store)
     report = convert_directory(source, out, chunks=8, diff=True, workers=1)
     assert [result.task_id for result in report.converted] == IDS[:1]
-    assert report.converted[0].warnings[-1] == f"{store} was not whole; it is converted again."
+    assert report.converted[0].warnings[-1] == f"{store} was incomplete; it is converted again."
     assert [result.task_id for result in report.skipped] == IDS[1:2]
     assert _tree(store) == whole
 
@@ -214,7 +214,7 @@ def test_a_zip_store_that_is_cut_short_is_not_replaced_unasked(
     os.truncate(store, store.stat().st_size - 100)
     plan = plan_convert(source, out, zip=True)
     (refused,) = plan.refused
-    assert "is cut short) and does not say what it was made from" in (refused.error or "")
+    assert "is cut short) and does not name its source file" in (refused.error or "")
     assert (plan.files, len(plan.skipped)) == ((), 2)
     assert convert_directory(source, out, zip=True, overwrite=True, workers=1).failed == ()
 

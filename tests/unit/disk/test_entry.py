@@ -171,7 +171,7 @@ def test_a_file_that_is_not_a_whole_entry_is_refused(tmp_path: Path, case: str) 
     write(path, np.arange(10, dtype="f4"))
     path.write_bytes(damaged(path.read_bytes())[case])
     for read in (read_header, map_entry):
-        with pytest.raises(CorruptEntryError, match="entry is not a whole entry"):
+        with pytest.raises(CorruptEntryError, match="entry is not a complete entry"):
             read(path)
 
 
