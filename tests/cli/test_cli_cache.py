@@ -24,9 +24,7 @@ from zarrcache.disk import ARRAY, Row
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """Two pairs, warm: four densities, two listings and two packs of attributes, each one header
-    page and one data page.
-    """
+    """Two pairs, warm: four densities and two listings, each one header page and one data page."""
     write_pairs(tmp_path, 2)
     path = write_config(tmp_path)
     plan_warm(DataConfig.from_yaml(path)).execute()
@@ -36,8 +34,8 @@ def config(tmp_path: Path) -> Path:
 def test_evict_prints_its_plan_needs_confirmation_and_drops(config: Path, tmp_path: Path) -> None:
     """Dry run, no terminal, --yes, nothing left: exit 0, 2, 0, 0."""
     what = (
-        f"8 entries (64.0 KiB) of {config} from {tmp_path}/cache: 4 densities of total, "
-        "normalize_data: true; 4 files of listings and attributes"
+        f"6 entries (48.0 KiB) of {config} from {tmp_path}/cache: 4 densities of total, "
+        "normalize_data: true; 2 listings"
     )
     dry = zarrcache("evict", config, "--dry-run")
     assert (dry.code, dry.out) == (0, f"Would evict {what}. Dry run: nothing was evicted.\n")
@@ -48,7 +46,7 @@ def test_evict_prints_its_plan_needs_confirmation_and_drops(config: Path, tmp_pa
         == f"error: About to evict {what}, but there is no terminal to ask for confirmation. Pass "
         "--yes to evict, or --dry-run to see what would be evicted.\n"
     )
-    assert zarrcache("status", config, "--json").document["array_tier"]["entries"] == 8
+    assert zarrcache("status", config, "--json").document["array_tier"]["entries"] == 6
     assert zarrcache("evict", config, "--ids", "/dev/null").code == 2
     (tmp_path / "ids.txt").write_text("mp-9999\n")
     typo = zarrcache("evict", config, "--ids", tmp_path / "ids.txt", "--yes")
@@ -57,9 +55,9 @@ def test_evict_prints_its_plan_needs_confirmation_and_drops(config: Path, tmp_pa
     done = zarrcache("evict", config, "--yes", "--json")
     assert done.document == {
         "directory": f"{tmp_path}/cache",
-        "entries": 8,
-        "disk_bytes": 65536,
-        "freed_bytes": 65536,
+        "entries": 6,
+        "disk_bytes": 49152,
+        "freed_bytes": 49152,
         "dry_run": False,
     }
     again = zarrcache("evict", "--all", "--dir", tmp_path / "cache", "--yes")
@@ -68,7 +66,7 @@ def test_evict_prints_its_plan_needs_confirmation_and_drops(config: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("answer", "code", "left"),
-    [(b"n\n", 1, 8), (b"y\n", 0, 0), (b"\x04", 1, 8), (b"\x03", 130, 8)],
+    [(b"n\n", 1, 6), (b"y\n", 0, 0), (b"\x04", 1, 6), (b"\x03", 130, 6)],
     ids=["no", "yes", "end of input", "Ctrl-C"],
 )
 def test_evict_asks_for_confirmation_at_a_terminal(
@@ -91,7 +89,7 @@ def test_evict_asks_for_confirmation_at_a_terminal(
     finally:
         os.close(keyboard)
         os.close(terminal)
-    assert b"About to evict 8 entries (64.0 KiB) of " in err
+    assert b"About to evict 6 entries (48.0 KiB) of " in err
     assert b"Proceed? [y/N]" in err
     assert process.returncode == code
     assert zarrcache("status", config, "--json").document["array_tier"]["entries"] == left
@@ -118,10 +116,10 @@ def test_status_prints_entries_bytes_and_warm_ids(config: Path, tmp_path: Path) 
     assert done.code == 0
     assert (
         f"cache        {tmp_path}/cache\n"
-        "array tier   4 densities, 4 files of listings and attributes, 64.0 KiB\n"
+        "array tier   4 densities, 2 listings, 48.0 KiB\n"
         "byte tier    0 entries, 0 B\n" in done.out
     )
-    assert "volume       64.0 KiB of 1.0 GiB (0.0 %)\n" in done.out
+    assert "volume       48.0 KiB of 1.0 GiB (0.0 %)\n" in done.out
     assert "GGA          2 of 2 ids warm (100.0 %); 1 more id in the map has no store\n" in done.out
     assert done.err == ""
     cold = write_config(tmp_path, name="cold.yaml", dir=str(tmp_path / "other"))
@@ -131,7 +129,7 @@ def test_status_prints_entries_bytes_and_warm_ids(config: Path, tmp_path: Path) 
     full = write_config(tmp_path, name="full.yaml", dir=str(tmp_path / "other"), min_free="900 TiB")
     assert zarrcache("status", full).err.startswith("The disk has less free than cache.min_free")
     done = zarrcache("status", env={"ZARRCACHE_DIR": str(tmp_path / "cache")})
-    assert "array tier   4 densities, 4 files of listings and attributes, 64.0 KiB" in done.out
+    assert "array tier   4 densities, 2 listings, 48.0 KiB" in done.out
 
 
 def test_verify_drops_an_entry_with_a_flipped_bit(config: Path, tmp_path: Path) -> None:
@@ -142,10 +140,10 @@ def test_verify_drops_an_entry_with_a_flipped_bit(config: Path, tmp_path: Path) 
         if b"charge_density_total" in path.read_bytes()[:4096]
     )
     raw = bytearray(victim.read_bytes())
-    raw[-1] ^= 1
+    raw[4096] ^= 1
     victim.write_bytes(raw)
     done = zarrcache("verify", "--dir", tmp_path / "cache")
-    assert (done.code, done.out) == (1, "Verified 8 entries (64.0 KiB): 1 corrupt.\n")
+    assert (done.code, done.out) == (1, "Verified 6 entries (48.0 KiB): 1 corrupt.\n")
     assert f"corrupt: entries/{victim.parent.name}/{victim.name} ({tmp_path}/" in done.err
     assert "its checksum does not match" in done.err
     assert not victim.exists()
@@ -156,7 +154,7 @@ def test_verify_drops_an_entry_with_a_flipped_bit(config: Path, tmp_path: Path) 
         done.document["entries"],
         done.document["corrupt"],
         done.document["stale"],
-    ) == (0, 8, [], [])
+    ) == (0, 6, [], [])
 
 
 def test_verify_against_the_origin_names_what_is_stale(config: Path, tmp_path: Path) -> None:
@@ -164,7 +162,7 @@ def test_verify_against_the_origin_names_what_is_stale(config: Path, tmp_path: P
     store = tmp_path / "label" / "mp-0.zarr"
     small_group(store, shape=(6, 5, 4), seed=9)
     done = zarrcache("verify", config, "--against-origin")
-    assert (done.code, done.out) == (0, "Verified 8 entries (64.0 KiB): 0 corrupt, 1 stale.\n")
+    assert (done.code, done.out) == (0, "Verified 6 entries (48.0 KiB): 0 corrupt, 1 stale.\n")
     assert f"stale: {store}: the origin has another version" in done.err
     assert "They were dropped. Run `zarrcache warm` to fetch them again." in done.err
     assert zarrcache("warm", config, "--json").document["stats"]["misses"] == 1
@@ -179,7 +177,7 @@ def test_verify_against_the_origin_keeps_and_names_what_is_gone_there(
     for _ in range(2):
         done = zarrcache("verify", config, "--against-origin")
         assert done.code == 1
-        assert done.out == "Verified 8 entries (64.0 KiB): 0 corrupt, 1 gone at the origin.\n"
+        assert done.out == "Verified 6 entries (48.0 KiB): 0 corrupt, 1 gone at the origin.\n"
         assert done.err == f"gone: {store}: it is gone at the origin; the entry is kept\n"
 
 
@@ -316,7 +314,7 @@ def test_doctor_reports_each_check_and_exits_1_if_one_fails(config: Path, tmp_pa
     done = zarrcache("doctor", config)
     assert done.code == 0, done.out
     assert (
-        f"ok    cache directory: {tmp_path}/cache/zarrcache-v1 is writable; 8 entries\n" in done.out
+        f"ok    cache directory: {tmp_path}/cache/zarrcache-v1 is writable; 6 entries\n" in done.out
     )
     assert "ok    file locks: one holder at a time\n" in done.out
     assert "ok    mmap: an entry can be written, mapped and read\n" in done.out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from numpy.typing import NDArray
 from tests.support.cachedirs import settings
 from zarrcache._keys import FORMAT_VERSION, ArrayKey
 from zarrcache.cache.tiers import ArrayCache
-from zarrcache.disk.entry import header_of, map_entry, new_entry, write_entry
+from zarrcache.disk.entry import (
+    header_of,
+    map_entry,
+    new_entry,
+    read_attributes_of,
+    write_entry,
+)
 from zarrcache.stats import Counters
 
 GOLDEN = Path(__file__).parent / "entry_v1.bin"
@@ -41,6 +48,21 @@ def test_golden_entry_can_be_read() -> None:
     assert entry.header == header_of(KEY, golden_array(), SOURCE)
     assert np.array_equal(entry.array, golden_array())
     assert entry.is_intact()
+
+
+def test_attributes_follow_the_payload(tmp_path: Path) -> None:
+    """What precedes them is the entry of the same values; their length and checksum are named."""
+    attributes = b"compressed attributes"
+    entry = new_entry(KEY, golden_array(), SOURCE, attributes=attributes)
+    with FileIO(tmp_path / "entry", "wb") as file:
+        write_entry(file, entry.header, entry.stored, attributes)
+    raw = (tmp_path / "entry").read_bytes()
+    plain = GOLDEN.read_bytes()
+    assert raw[4096:] == plain[4096:] + attributes
+    wanted = {**json.loads(plain[20:4096].rstrip(b"\0")), "attributes": [21, 1564636153]}
+    assert json.loads(raw[20:4096].rstrip(b"\0")) == wanted
+    assert read_attributes_of(tmp_path / "entry") == (entry.header, attributes)
+    assert np.array_equal(map_entry(tmp_path / "entry").array, golden_array())
 
 
 def encoded_key(encoding: str) -> ArrayKey:

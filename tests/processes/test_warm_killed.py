@@ -116,8 +116,8 @@ def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path, pairs: int) -> None
     assert (again.document["fresh"], again.document["stats"]["misses"]) == (pairs - 2, 4)
     assert proxy.count("GET") == 4 * OBJECTS
     report = verify(DataConfig.from_yaml(config))
-    # Densities, two listings, two packs of attributes.
-    assert (report.corrupt, report.strays, report.entries) == ((), (), 2 * pairs + 2 + 2)
+    # Densities and two listings.
+    assert (report.corrupt, report.strays, report.entries) == ((), (), 2 * pairs + 2)
     state = read_status(DataConfig.from_yaml(config))
     assert state.volume_bytes == state.array_tier.nbytes  # reservations of dead processes are gone
     before_s3 = proxy.count()

@@ -55,7 +55,9 @@ def payload(path: Path) -> tuple[dict[str, Any], NDArray[Any]]:
     raw = path.read_bytes()
     length = int.from_bytes(raw[12:16], "little")
     fields = json.loads(raw[20 : 20 + length])
-    return fields, np.frombuffer(raw[-fields["nbytes"] :], fields["dtype"]).reshape(fields["shape"])
+    start = -(-(20 + length) // 4096) * 4096
+    values = np.frombuffer(raw[start : start + fields["nbytes"]], fields["dtype"])
+    return fields, values.reshape(fields["shape"])
 
 
 @dataclass

@@ -1,8 +1,7 @@
-from .attributes import PACK as PACK
+from .attributes import AttributesThrough as AttributesThrough
 from .byte_tier import read_range as read_range
 from .cache import CONTENTS as CONTENTS
 from .cache import Cache as Cache
-from .read_through import AttributesThrough as AttributesThrough
 from .read_through import ReadThrough as ReadThrough
 from .read_through import OnFlaws as OnFlaws
 from .read_through import Outcome as Outcome

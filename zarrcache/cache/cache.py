@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ import numpy as np
 
 from zarrcache._keys import ArrayKey, Role, cached_property
 from zarrcache.arrays import stem_of
-from zarrcache.cache.attributes import AttributePacks
 from zarrcache.cache.byte_tier import ByteCache
 from zarrcache.cache.loans import Loans
 from zarrcache.cache.remote import RemoteSources
@@ -24,6 +24,7 @@ from zarrcache.disk import (
     Index,
     Stored,
     array_note,
+    read_attributes_of,
     read_header,
 )
 from zarrcache.errors import CorruptEntryError
@@ -58,8 +59,6 @@ class Cache:
     index : Index or None
     arrays : ArrayCache or None
         None: no cache, or ``cache.arrays.enabled`` is false.
-    attributes : AttributePacks or None
-        Of the stores. None: no array tier; the byte tier has them.
     """
 
     def __init__(
@@ -78,7 +77,6 @@ class Cache:
         # Listings are stored even if arrays are not: without them no run starts offline.
         self._listings: ArrayCache | None = None
         self._parsed: tuple[bytes, Any] | None = None
-        self.attributes: AttributePacks | None = None
         if config is not None:
             index, verified = self.index, self._verified
             # Listings decide which materials exist and are read once per run: verify each time.
@@ -86,7 +84,6 @@ class Cache:
             self._listings = ArrayCache(checked, counters, index=index)
             if config.arrays.enabled:
                 self.arrays = ArrayCache(config, counters, index=index, verified=verified)
-                self.attributes = AttributePacks(self._listings)
         if eviction_policy is not None:
             self.set_eviction_policy(eviction_policy)
 
@@ -152,6 +149,17 @@ class Cache:
         """Digest of the objects that an entry was made of; None as for `stored_shape`."""
         header = self._header(key)
         return None if header is None else header.source
+
+    def stored_attributes(self, key: ArrayKey, source: str) -> builtins.bytes | None:
+        """Attributes in an entry, packed; None if it is absent, of another source, or damaged."""
+        try:
+            stored = self.lookup(key.digest)
+            if stored is None or self.index is None:
+                return None
+            header, attributes = read_attributes_of(self.index.path_of(stored))
+        except (*CACHE_FAULTS, CorruptEntryError):
+            return None
+        return attributes if (header.key, header.source) == (key, source) else None
 
     def _header(self, key: ArrayKey) -> EntryHeader | None:
         try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from zarrcache._keys import (
     source_digest,
     stored_array,
 )
-from zarrcache._units import counted
+from zarrcache._units import counted, most_bytes
 from zarrcache.arrays import (
     Decoded,
     OriginArray,
@@ -32,7 +34,6 @@ from zarrcache.arrays import (
     list_array,
     objects_of,
     read_array,
-    read_attributes,
 )
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
@@ -45,7 +46,7 @@ from zarrcache.stats import LogOnce, SharedSet
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["AttributesThrough", "OnFlaws", "Outcome", "ReadThrough"]
+__all__ = ["OnFlaws", "Outcome", "ReadThrough"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,6 @@ logger = logging.getLogger(__name__)
 Outcome = Literal["hit", "miss", "bypass"]
 #: Called with what is wrong with a density that was read.
 OnFlaws = Callable[[Flaws], object]
-#: Called with the attributes of a store whose density was decoded.
-OnAttributes = Callable[[StoreAttributes], object]
 
 #: Stores whose version is remembered, per channel and process.
 _SOURCES = 10_000
@@ -75,13 +74,13 @@ class _Sought(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A density that was read, and the attributes of its store if it was decoded here."""
+    """A density that was read, and the attributes of its store, packed, if no entry has them."""
 
     values: NDArray[np.float32]
     outcome: Outcome
     flaws: Flaws
     source: str
-    attributes: StoreAttributes | None = None
+    attributes: bytes | None = None
 
 
 class ReadThrough:
@@ -104,6 +103,7 @@ class ReadThrough:
 
     Attributes
     ----------
+    origin : Origin
     stored_as : str
         Name of the array in the keys of its entries (`ArrayKey.array`).
     fills : bool
@@ -120,7 +120,7 @@ class ReadThrough:
         units: Units,
         siblings: Sequence[str] = (),
     ) -> None:
-        self._cache, self._checked, self._origin = cache, checked, origin
+        self._cache, self._checked, self.origin = cache, checked, origin
         self._arrays, self._counters = cache.arrays, cache.counters
         self._array, self._units, self._siblings = array, units, tuple(siblings)
         config = cache.config
@@ -130,16 +130,17 @@ class ReadThrough:
         self._revalidate = config.revalidate if config is not None else "never"
         self.fills = config is not None and config.missing_chunks == "fill"
         self._log_once = LogOnce()
-        #: Source of the density that the last read of a store gave.
-        self._sources: dict[str, str] = {}
+        #: Source of the density that the last read of a store gave, and the attributes of the store
+        #: if no entry has them.
+        self._last: dict[str, tuple[str, bytes | None]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         make = functools.partial(ReadThrough, units=self._units, siblings=self._siblings)
-        return make, (self._cache, self._checked, self._origin, self._array)
+        return make, (self._cache, self._checked, self.origin, self._array)
 
     def at(self, origin: Origin) -> ReadThrough:
         """The same for another directory."""
-        if origin is self._origin:
+        if origin is self.origin:
             return self
         return ReadThrough(
             self._cache,
@@ -159,9 +160,7 @@ class ReadThrough:
         return list_array(self._of(store))
 
     def _of(self, store: str) -> OriginArray:
-        return OriginArray(
-            self._origin, store, self._array, self._units, self.fills, self._siblings
-        )
+        return OriginArray(self.origin, store, self._array, self._units, self.fills, self._siblings)
 
     def origin_array(self, store: str) -> OriginArray:
         """The array as reads see it now: without the array tier, through the byte tier."""
@@ -178,7 +177,6 @@ class ReadThrough:
         revalidate: bool = False,
         reserve: Callable[[int], object] | None = None,
         on_flaws: OnFlaws | None = None,
-        on_attributes: OnAttributes | None = None,
     ) -> tuple[NDArray[np.float32], Outcome]:
         """Read one density, shape (nx, ny, nz), and return it with its outcome.
 
@@ -192,13 +190,12 @@ class ReadThrough:
             Compare with the origin, regardless of ``cache.revalidate``.
         on_flaws : callable, optional
             Called if the density has flaws. They are also logged, once per density.
-        on_attributes : callable, optional
-            Called with the attributes of the store if the density is decoded here.
         """
         key, listed, source = self.key(store), None, None
         is_due = revalidate or not self._is_trusted(key)
         if self._arrays is None:
-            values, outcome, flaws, source, _ = self._past_the_array_tier(store, relist=is_due)
+            found = self._past_the_array_tier(store, relist=is_due)
+            values, outcome, flaws, source, attributes = found
         else:
             if is_due:
                 listed = self.listing(store)
@@ -206,14 +203,16 @@ class ReadThrough:
             entry = self._arrays.get(key, source=source)
             if entry is not None:
                 values, outcome = entry.array, "hit"
-                flaws, source = entry.header.flaws, entry.header.source
+                flaws, source, attributes = (
+                    entry.header.flaws,
+                    entry.header.source,
+                    entry.attributes,
+                )
             else:
                 sought = _Sought(key, self._of(store), listed, source)
                 found = self._missed(self._arrays, sought, reserve)
                 values, outcome, flaws, source, attributes = found
-                if attributes is not None and on_attributes is not None:
-                    on_attributes(attributes)
-        self._remember(store, source)
+        self._remember(store, source, attributes)
         if is_due:
             self._checked.add(key.digest)
         if flaws is not SOUND:
@@ -242,14 +241,14 @@ class ReadThrough:
         if entry.header.flaws is not SOUND:
             self._report(key, entry.header.flaws, None)
         self._counters.add(hits=1)
-        self._remember(store, entry.header.source)
+        self._remember(store, entry.header.source, entry.attributes)
         grid = entry.grid
         return LazyGrid(grid.stored, grid.stored_as, self._served), "hit"
 
-    def _remember(self, store: str, source: str) -> None:
-        if len(self._sources) >= _SOURCES:
-            self._sources.clear()
-        self._sources[store] = source
+    def _remember(self, store: str, source: str, attributes: bytes | None) -> None:
+        if len(self._last) >= _SOURCES:
+            self._last.clear()
+        self._last[store] = source, attributes
 
     def _is_trusted(self, key: ArrayKey) -> bool:
         """Whether the next read takes an entry without comparing it with the origin."""
@@ -279,7 +278,7 @@ class ReadThrough:
             # Another process may have fetched it meanwhile.
             entry = arrays.get(key, source=source)
             if entry is not None:
-                return _Found(entry.array, "hit", entry.header.flaws, entry.header.source)
+                return _found(entry, entry.array, "hit")
             if key.exact is not None:
                 encoded = self._encoded(arrays, sought, key.exact)
                 if encoded is not None:
@@ -295,26 +294,25 @@ class ReadThrough:
         with remote.lookup(key, source) if remote else contextlib.nullcontext() as lookup:
             taken = lookup.take() if lookup is not None else None
             if taken is not None:
-                values = as_density(taken.array, key.url, self._array)
-                outcome: Outcome = "miss" if taken.is_stored else "bypass"
-                return _Found(values, outcome, taken.flaws, taken.source)
+                values = as_density(taken.entry.array, key.url, self._array)
+                return _found(taken.entry, values, "miss" if taken.is_stored else "bypass")
             decoded = read_array(what, listed=listed, reserve=reserve)
             values, flaws = self._as_density(decoded, key.url)
             if lookup is not None:
                 lookup.report_progress(values.nbytes * _STORE_S_PER_BYTE)
-            values, is_stored = self._stored(arrays, new_entry(key, values, decoded.source, flaws))
+            attributes = _packed(decoded.attributes, decoded.zarr_format)
+            made = new_entry(key, values, decoded.source, flaws, attributes)
+            entry, is_stored = self._stored(arrays, made)
             if lookup is not None:
                 lookup.is_stored = is_stored
             for name, other in decoded.others.items():
-                self._store_other(arrays, key.url, name, other, decoded)
-        source = decoded.source
-        attributes = StoreAttributes(decoded.attributes, decoded.zarr_format, (source,))
-        return _Found(values, "miss" if is_stored else "bypass", flaws, source, attributes)
+                self._store_other(arrays, key.url, name, other, decoded, attributes)
+        return _found(entry, entry.array, "miss" if is_stored else "bypass")
 
     def _stored(
         self, arrays: ArrayCache, entry: Entry, replaces: ArrayKey | None = None
-    ) -> tuple[NDArray[np.float32], bool]:
-        """Store a density in the encoding of its key, and return the values of every later hit.
+    ) -> tuple[Entry, bool]:
+        """Store a density in the encoding of its key, and return what every later hit returns.
 
         If it is not admitted, the values are the same: a training must not depend on free bytes.
         """
@@ -331,7 +329,7 @@ class ReadThrough:
                 key.encoding,
             )
         mapped = arrays.store(entry, replaces=replaces)
-        return (mapped or entry).array, mapped is not None
+        return mapped or entry, mapped is not None
 
     def _flight_of(self, key: ArrayKey, store: str) -> str:
         """The lock that a fetch holds: one for all arrays of a source that is fetched whole."""
@@ -342,7 +340,13 @@ class ReadThrough:
         return ArrayKey(self._identity, key.url, name).digest
 
     def _store_other(
-        self, arrays: ArrayCache, url: str, name: str, other: NDArray[Any], decoded: Decoded
+        self,
+        arrays: ArrayCache,
+        url: str,
+        name: str,
+        other: NDArray[Any],
+        decoded: Decoded,
+        attributes: bytes,
     ) -> None:
         """Store an array that was decoded with the one that is read, unless it is stored."""
         key = ArrayKey(
@@ -356,7 +360,7 @@ class ReadThrough:
             return
         nonfinite = count_nonfinite(values)
         flaws = Flaws(0, nonfinite) if nonfinite else SOUND
-        arrays.store(new_entry(key, values, decoded.source, flaws))
+        arrays.store(new_entry(key, values, decoded.source, flaws, attributes))
 
     def _encoded(self, arrays: ArrayCache, sought: _Sought, exact: ArrayKey) -> _Found | None:
         """Encode the density from its entry in float32, if there is one, and replace that."""
@@ -367,13 +371,16 @@ class ReadThrough:
         if entry is None:
             return None
         header, values = entry.header, as_density(entry.array, key.url, self._array)
-        values, is_stored = self._stored(
+        attributes = entry.attributes
+        if attributes is None:
+            attributes = self._cache.stored_attributes(exact, header.source)
+        encoded, is_stored = self._stored(
             arrays,
-            new_entry(key, values, header.source, header.flaws),
+            new_entry(key, values, header.source, header.flaws, attributes or b""),
             exact if own is not None else None,
         )
         outcome: Outcome = "hit" if own is not None else "miss" if is_stored else "bypass"
-        return _Found(values, outcome, header.flaws, header.source)
+        return _found(encoded, encoded.array, outcome)
 
     def _report(self, key: ArrayKey, flaws: Flaws, on_flaws: OnFlaws | None) -> None:
         """Report the flaws of a density, or raise if the settings do not allow them.
@@ -414,7 +421,7 @@ class ReadThrough:
             return None
         # Of the last read first: the entry may have been replaced or evicted since, and a lent one
         # or one that was not admitted was never there.
-        source = self._sources.get(store)
+        source = self.last_source(store)
         if source is None and self._arrays is not None:
             source = self._cache.stored_source(key)
             if source is None and key.exact is not None:
@@ -423,7 +430,21 @@ class ReadThrough:
 
     def last_source(self, store: str) -> str | None:
         """`source` of the last read, if it is remembered."""
-        return self._sources.get(store)
+        source, _ = self._last.get(store, (None, None))
+        return source
+
+    def attributes(self, store: str, source: str) -> StoreAttributes | None:
+        """The attributes of a store that came with its density of this ``source``.
+
+        None: the density is not cached in this version, or was cached without attributes.
+        """
+        last, raw = self._last.get(store, (None, None))
+        if last != source or raw is None:
+            key = self.key(store)
+            raw = self._cache.stored_attributes(key, source)
+            if raw is None and key.exact is not None:
+                raw = self._cache.stored_attributes(key.exact, source)
+        return _unpacked(raw) if raw else None
 
     def source_in(self, store: str, listed: Sequence[ObjectInfo]) -> str:
         """The same digest, from a listing of the store."""
@@ -444,8 +465,8 @@ class ReadThrough:
         """The source below the array tier: the byte tier over the origin, or the origin."""
         config = self._cache.config
         if config is None or not config.bytes.enabled:
-            return self._origin
-        return CachedOrigin(self._origin, self._cache, relist=relist)
+            return self.origin
+        return CachedOrigin(self.origin, self._cache, relist=relist)
 
     def _past_the_array_tier(self, store: str, *, relist: bool) -> _Found:
         """Read without the array tier (``cache.arrays.enabled: false``, or no cache)."""
@@ -465,91 +486,25 @@ class ReadThrough:
         return _Found(values, "bypass", flaws, decoded.source)
 
 
-class AttributesThrough:
-    """Reads attributes of stores, of the versions of the densities that are read.
+def _found(entry: Entry, values: NDArray[np.float32], outcome: Outcome) -> _Found:
+    header = entry.header
+    return _Found(values, outcome, header.flaws, header.source, entry.attributes)
 
-    Parameters
-    ----------
-    cache : Cache
-    densities : sequence of ReadThrough
-        Channels of one directory.
-    """
 
-    def __init__(self, cache: Cache, densities: Sequence[ReadThrough]) -> None:
-        self._packs, self._densities = cache.attributes, densities
-        self._origin = densities[0]._origin
-        self._revalidate = cache.config.revalidate if cache.config is not None else "never"
+def _packed(attributes: Mapping[str, Any], zarr_format: int) -> bytes:
+    """The attributes of a store as its entries have them; b"" if there are none."""
+    if not attributes:
+        return b""
+    text = json.dumps([attributes, zarr_format], separators=(",", ":"))
+    return zlib.compress(text.encode("utf-8", "surrogatepass"), 1)
 
-    def stored(self, store: str) -> StoreAttributes | None:
-        """The stored attributes of a store; None unless they belong to its densities."""
-        return self._stored(store, [density.source(store) for density in self._densities])
 
-    def read(self, store: str) -> StoreAttributes:
-        """The attributes of a store: the stored ones, or those of the origin, which it stores.
-
-        Without the array tier they come from the same place as the densities.
-
-        Raises
-        ------
-        IncompleteArrayError
-            The store has changed since a density of it was read or cached.
-        OriginError, SchemaError
-        """
-        return self._read(store, [density.source(store) for density in self._densities])
-
-    def keep(self, store: str, *decoded: StoreAttributes) -> None:
-        """Store the attributes of densities that were read just now, and perhaps decoded.
-
-        Raises
-        ------
-        As `read`.
-        """
-        if self._packs is None:
-            return
-        if decoded:
-            if decoded[0].attributes:
-                self._packs.put(self._origin, store, decoded[0])
-            return
-        self._read(store, [density.last_source(store) for density in self._densities])
-
-    def sources_in(self, store: str, listed: Sequence[ObjectInfo]) -> list[str]:
-        """Sources of the densities in a listing of their store."""
-        return [density.source_in(store, listed) for density in self._densities]
-
-    def check(self, store: str, sources: Collection[str], *read: str | None) -> None:
-        """Refuse attributes that do not belong to the densities, or to one that was ``read``.
-
-        Raises
-        ------
-        IncompleteArrayError
-        """
-        cached = [density.source(store) for density in self._densities]
-        self._check(store, [*cached, *read], sources)
-
-    def _read(self, store: str, wanted: Sequence[str | None]) -> StoreAttributes:
-        found = self._stored(store, wanted)
-        if found is None:
-            found = read_attributes([density.origin_array(store) for density in self._densities])
-            self._check(store, wanted, found.sources)
-            if self._packs is not None and found.attributes:
-                self._packs.put(self._origin, store, found)
-        return found
-
-    def _stored(self, store: str, wanted: Sequence[str | None]) -> StoreAttributes | None:
-        # Without a known source the next density may be of any version.
-        if self._packs is None or not any(wanted):
-            return None
-        if None in wanted and self._revalidate != "never":
-            return None
-        found = self._packs.get(self._origin, store)
-        if found is None or not set(found.sources).issuperset(filter(None, wanted)):
-            return None
-        return found
-
-    def _check(self, store: str, wanted: Sequence[str | None], sources: Collection[str]) -> None:
-        if not set(sources).issuperset(filter(None, wanted)):
-            raise IncompleteArrayError(
-                f"{self._origin.url_of(store)} has changed since its density was read or cached, "
-                "so its attributes are of another version. Run `zarrcache warm --revalidate`, and "
-                "open the store or read the density again."
-            )
+def _unpacked(raw: bytes) -> StoreAttributes | None:
+    """The attributes that `_packed` made; None for anything else, whose checksum may be right."""
+    try:
+        attributes, zarr_format = json.loads(zlib.decompressobj().decompress(raw, most_bytes()))
+    except (zlib.error, ValueError, TypeError, RecursionError):
+        return None
+    if not isinstance(attributes, dict) or zarr_format not in (0, 2, 3):
+        return None
+    return StoreAttributes(attributes, zarr_format)

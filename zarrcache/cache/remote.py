@@ -11,12 +11,10 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from zarrcache._keys import ArrayKey
 from zarrcache.cache.tiers import ArrayCache
 from zarrcache.config import CacheConfig
-from zarrcache.disk import CacheDir, Entry, EntryStream, Flaws, open_entries
+from zarrcache.disk import CacheDir, Entry, EntryStream, open_entries
 from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.origin import reporting_progress
 from zarrcache.peers import Peers, Reply
@@ -31,12 +29,10 @@ _OTHERS_WRITE = 0o002
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A received array: mapped if the array tier has stored or lent it, else in memory."""
+    """A received entry: mapped if the array tier has stored or lent it, else in memory."""
 
-    array: np.ndarray[Any, np.dtype[Any]]
+    entry: Entry
     is_stored: bool
-    flaws: Flaws
-    source: str
 
 
 class _Offer(NamedTuple):
@@ -125,20 +121,18 @@ class RemoteSources:
             if source not in (None, incoming.header.source):
                 return None
             entry, is_stored = self._arrays.take(incoming)
-            if entry is not None:
-                taken = Taken(entry.array, is_stored, incoming.header.flaws, incoming.header.source)
-            elif incoming.is_spent:
-                # Evicted just after it was stored, or the disk failed: the stream is used up.
-                return None
-            else:
-                values = incoming.read()
-                taken = Taken(values, False, incoming.header.flaws, incoming.header.source)
+            if entry is None:
+                if incoming.is_spent:
+                    # Evicted just after it was stored, or the disk failed: the stream is used up.
+                    return None
+                entry, is_stored = incoming.read(), False
+            _ = entry.array  # decoded here: one that cannot be is rejected
         except CorruptEntryError as exc:
             self._reject(offer, exc)
             return None
         is_peer = offer.counter == "peer_hits"
         self._counters.add(**{offer.counter: 1}, peer_bytes=offer.nbytes if is_peer else 0)
-        return taken
+        return Taken(entry, is_stored)
 
     def _reject(self, offer: _Offer, exc: CorruptEntryError) -> None:
         self._counters.add(purges=1)
@@ -156,7 +150,8 @@ class RemoteSources:
             try:
                 incoming = EntryStream(offer.stream, offer.nbytes, key, offer.url)
                 if source in (None, incoming.header.source):
-                    found = Entry(incoming.header, incoming.read())
+                    found = incoming.read()
+                    _ = found.array  # as in `_receive`
                     self._counters.add(lower_hits=1)
                     return found
             except CorruptEntryError as exc:

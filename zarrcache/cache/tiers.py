@@ -40,6 +40,7 @@ from zarrcache.disk import (
     map_entry,
     new_entry,
     publish,
+    read_attributes_of,
     write_entry,
 )
 from zarrcache.errors import CorruptEntryError
@@ -278,7 +279,8 @@ class ArrayCache(Tier):
             if stored is None:
                 return self._borrowed(key, lent, source)
             filename = stored.filename
-            entry = map_entry(f"{self._root}/{filename}")
+            path = f"{self._root}/{filename}"
+            entry = map_entry(path)
             header = entry.header
             if header.key != key:
                 raise CorruptEntryError(f"it holds {header.key.url} {header.key.array}")
@@ -290,6 +292,8 @@ class ArrayCache(Tier):
             if not self._is_verified(file_id):
                 if not self.is_intact(entry):
                     raise CorruptEntryError("its checksum does not match")
+                if header.attributes_bytes:
+                    read_attributes_of(path)  # which checks them
                 self._verified.add(file_id)
             if header.stored_as is not None:
                 _ = entry.grid if lazily else entry.array  # decoded here: a failure is a miss
@@ -306,7 +310,8 @@ class ArrayCache(Tier):
         """Read an entry that a prefetcher has lent, and remove it."""
         if lent is None or self.loans is not None:
             return None
-        entry = map_entry(f"{self._root}/{lent.filename}")
+        path = f"{self._root}/{lent.filename}"
+        entry = map_entry(path)
         is_right = (
             entry.header.key == key
             and source in (None, entry.header.source)
@@ -314,7 +319,10 @@ class ArrayCache(Tier):
         )
         # A copy, because a map would keep the file's disk space, which the next loan needs, and the
         # training process might map the file only after it was removed.
-        taken = Entry(entry.header, entry.stored.copy()) if is_right else None
+        taken = None
+        if is_right:
+            _, attributes = read_attributes_of(path)
+            taken = Entry(entry.header, entry.stored.copy(), attributes=attributes)
         if taken is not None:
             _ = taken.array  # as in `get`
         self.index.give_back(key.digest, lent.filename)
@@ -341,7 +349,12 @@ class ArrayCache(Tier):
             The stored entry, mapped: the kernel may reclaim its pages, and a DataLoader worker
             transfers it without a copy. None: it was not admitted, or the cache failed.
         """
-        write = functools.partial(write_entry, header=entry.header, stored=entry.stored)
+        write = functools.partial(
+            write_entry,
+            header=entry.header,
+            stored=entry.stored,
+            attributes=entry.attributes or b"",
+        )
         mapped, is_stored = self._place(entry.header, write, replaces)
         if not is_stored:
             return None

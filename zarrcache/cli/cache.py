@@ -311,7 +311,7 @@ def entries_by_kind(entries: Iterable[Row]) -> str:
         parts.append(
             _densities(number, key.source_array, key.units, key.encoding)
             if kind == ARRAY
-            else f"{counted(number, 'file')} of listings and attributes"
+            else counted(number, "listing")
             if kind == LISTING
             else f"{counted(number, 'entry', 'entries')} of the byte tier"
         )
@@ -328,8 +328,7 @@ def status_lines(state: Status) -> list[str]:
         reserve = f"; min_free {format_bytes(state.min_free_bytes)}"
     free = f"{format_bytes(state.free_bytes)} free of {format_bytes(state.disk_bytes)}"
     densities = counted(state.array_tier.entries - state.listings, "density", "densities")
-    others = counted(state.listings, "file", "files")
-    arrays = f"{densities}, {others} of listings and attributes"
+    arrays = f"{densities}, {counted(state.listings, 'listing')}"
     blocks = counted(state.byte_tier.entries, "entry", "entries")
     lines = [
         f"cache        {state.directory}{'' if state.exists else ' (nothing is cached there yet)'}",

@@ -28,8 +28,8 @@ from zarrcache._keys import (
     units_of,
 )
 from zarrcache._units import format_bytes
-from zarrcache.arrays import StoreAttributes, choose, ends_of, several_sources, sources_of
-from zarrcache.cache import AttributesThrough, Cache, OnFlaws, Outcome, ReadThrough
+from zarrcache.arrays import choose, ends_of, several_sources, sources_of
+from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.channels import Absences, CachedGrids, common_grid
 from zarrcache.data.observers import Read, ReadObserver
@@ -442,7 +442,6 @@ class ZarrS3Reader(StoreReader):
         *,
         reserve: Callable[[int], object] | None = None,
         on_flaws: OnFlaws | None = None,
-        keeps_attributes: bool = False,
     ) -> tuple[Outcome, int]:
         """Bring one density in the array tier up to date with the origin.
 
@@ -459,9 +458,6 @@ class ZarrS3Reader(StoreReader):
             array. It may wait.
         on_flaws : callable, optional
             Called if the density has absent chunks, or values that are NaN or infinite.
-        keeps_attributes : bool
-            Also keep the attributes of its store. If the density is here already, or comes from
-            another node, and they are not, they are one or two more GETs.
 
         Returns
         -------
@@ -476,17 +472,9 @@ class ZarrS3Reader(StoreReader):
         """
         with only_our_errors(f"{task_id} ({role})"):
             store = self.store_name(task_id, role)
-            found: list[StoreAttributes] = []
-            density = self._density(role, array)
-            values, outcome = density.read(
-                store,
-                revalidate=True,
-                reserve=reserve,
-                on_flaws=on_flaws,
-                on_attributes=found.append,
+            values, outcome = self._density(role, array).read(
+                store, revalidate=True, reserve=reserve, on_flaws=on_flaws
             )
-            if keeps_attributes and outcome != "bypass":
-                AttributesThrough(self._cache, [density]).keep(store, *found)
             channel = self.column(role, array or self._arrays[role][0])
             if self._lock is not None:
                 for one in self.reads:

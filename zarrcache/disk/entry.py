@@ -8,10 +8,14 @@ An entry is a header and the array::
            16    u32       CRC-32C of the JSON
            20    JSON      identity (origin, url, array), source, dtype, shape, nbytes,
                            crc32c of the payload; missing_chunks and nonfinite if they are not 0;
-                           version 2: encoding, relative_error, absolute_error, scale
+                           version 2: encoding, relative_error, absolute_error, scale;
+                           attributes: length and CRC-32C of what follows the payload
            n*4096          payload: C order, little endian, page-aligned so that it can be mapped
            (n*64)          of version 2, whose values are decoded or cast: with a page of header
                            float16 would hold 1.9 times the densities of 24**3 points, not 2.0
+
+The attributes of the store follow the payload, if it has any: they say the units and the cell of
+the density, so both are of one version. Readers of densities do not read them.
 
 All integers are little endian. The header repeats the full identity of the entry, so that a file
 under the wrong name is a miss, and the index can be rebuilt from the files alone. ``nbytes`` and
@@ -69,6 +73,7 @@ __all__ = [
     "map_entry",
     "new_entry",
     "parse_header",
+    "read_attributes_of",
     "read_header",
     "write_entry",
     "written_stamp",
@@ -89,6 +94,8 @@ HEADER_BYTES = 512
 _ALIGNMENT = {_PLAIN: _PAGE, _ENCODED: 64}
 #: Longest header that is accepted; this package writes much shorter ones.
 _MAX_JSON_BYTES = 64 * 1024
+#: Longest attributes that are accepted, compressed; a store's own may have 4 MiB.
+_MAX_ATTRIBUTES_BYTES = 5 * 2**20
 _STEP_BYTES = 2**20  # of a stream, held in memory at once
 #: Fields of a header that are written only if they are not 0: entries without flaws keep the bytes
 #: of the first version.
@@ -154,6 +161,8 @@ class EntryHeader:
         `SOUND` itself if there are none.
     stored_as : StoredAs or None
         How the payload is encoded; None: it is the values.
+    attributes_bytes, attributes_crc32c : int
+        Of the attributes after the payload.
     """
 
     key: ArrayKey
@@ -164,6 +173,8 @@ class EntryHeader:
     crc32c: int
     flaws: Flaws = SOUND
     stored_as: StoredAs | None = None
+    attributes_bytes: int = 0
+    attributes_crc32c: int = 0
 
     @property
     def decoded_bytes(self) -> int:
@@ -178,7 +189,7 @@ class EntryHeader:
     @property
     def file_bytes(self) -> int:
         """Length of the whole file."""
-        return self.offset + self.nbytes
+        return self.offset + self.nbytes + self.attributes_bytes
 
 
 class Entry:
@@ -191,17 +202,21 @@ class Entry:
         The payload as it is stored. Writable; writes never reach the file.
     written : int
         `written_stamp` of its file; 0 in memory.
+    attributes : bytes or None
+        Of an entry in memory. None: they are in its file, see `read_attributes_of`.
     """
 
-    __slots__ = ("_array", "header", "stored", "written")
+    __slots__ = ("_array", "attributes", "header", "stored", "written")
 
     def __init__(
         self,
         header: EntryHeader,
         stored: np.ndarray[Any, np.dtype[Any]],
         written: int = 0,
+        attributes: bytes | None = None,
     ) -> None:
         self.header, self.stored, self.written = header, stored, written
+        self.attributes = attributes
         self._array = stored if header.stored_as is None else None
 
     @property
@@ -253,15 +268,33 @@ def _checksum(array: np.ndarray[Any, np.dtype[Any]]) -> int:
 
 
 def header_of(
-    key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], source: str, flaws: Flaws = SOUND
+    key: ArrayKey,
+    array: np.ndarray[Any, np.dtype[Any]],
+    source: str,
+    flaws: Flaws = SOUND,
+    attributes: bytes = b"",
 ) -> EntryHeader:
     """The header under which ``array`` (C-contiguous, little endian) is stored as it is."""
-    crc = _checksum(array)
-    return EntryHeader(key, source, array.dtype.str, array.shape, array.nbytes, crc, flaws)
+    return EntryHeader(
+        key,
+        source,
+        array.dtype.str,
+        array.shape,
+        array.nbytes,
+        _checksum(array),
+        flaws,
+        None,
+        len(attributes),
+        crc32c(attributes),
+    )
 
 
 def new_entry(
-    key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], source: str, flaws: Flaws = SOUND
+    key: ArrayKey,
+    array: np.ndarray[Any, np.dtype[Any]],
+    source: str,
+    flaws: Flaws = SOUND,
+    attributes: bytes = b"",
 ) -> Entry:
     """An entry in memory of ``array``, in the encoding of ``key``.
 
@@ -282,9 +315,12 @@ def new_entry(
                 _checksum(payload),
                 flaws,
                 stored_as,
+                len(attributes),
+                crc32c(attributes),
             )
-            return Entry(header, payload)
-    return Entry(header_of(key, array, source, flaws), array)
+            return Entry(header, payload, attributes=attributes)
+    header = header_of(key, array, source, flaws, attributes)
+    return Entry(header, array, attributes=attributes)
 
 
 def encode_header(header: EntryHeader) -> bytes:
@@ -301,6 +337,8 @@ def encode_header(header: EntryHeader) -> bytes:
         "source": header.source,
         "url": header.key.url,
     }
+    if header.attributes_bytes:
+        fields["attributes"] = [header.attributes_bytes, header.attributes_crc32c]
     if header.stored_as is not None:
         fields.update(
             encoding=header.stored_as.encoding,
@@ -319,17 +357,24 @@ def _aligned(length: int, version: int) -> int:
     return -(-length // step) * step
 
 
-def write_entry(file: FileIO, header: EntryHeader, stored: np.ndarray[Any, np.dtype[Any]]) -> None:
-    """Write header and payload, as it is stored, to an unbuffered file."""
+def write_entry(
+    file: FileIO,
+    header: EntryHeader,
+    stored: np.ndarray[Any, np.dtype[Any]],
+    attributes: bytes = b"",
+) -> None:
+    """Write header, payload as it is stored, and attributes to an unbuffered file."""
     # In one call: the kernel then keeps 5 MB in pages of up to 2 MiB, and a process that maps the
     # file faults 5 times; after two calls 10 times, after small ones 77 times (Linux 6.18, ext4).
-    head, payload = (
+    parts = [
         memoryview(encode_header(header)),
         memoryview(stored.reshape(-1).view(np.uint8).data if stored.nbytes else b""),
-    )
-    written = os.writev(file.fileno(), [head, payload])
-    write_all(file, head[written:])
-    write_all(file, payload[max(0, written - head.nbytes) :])
+        memoryview(attributes),
+    ]
+    written = os.writev(file.fileno(), parts)
+    for part in parts:
+        write_all(file, part[written:])
+        written = max(0, written - part.nbytes)
 
 
 def read_header(path: str | os.PathLike[str]) -> EntryHeader:
@@ -347,6 +392,28 @@ def read_header(path: str | os.PathLike[str]) -> EntryHeader:
         return parse_header(os.pread(fd, _PREFIX.size + _MAX_JSON_BYTES, 0), found.st_size, path)
     finally:
         os.close(fd)
+
+
+def read_attributes_of(path: str | os.PathLike[str]) -> tuple[EntryHeader, bytes]:
+    """The header of a file, and the attributes after its payload; b"" if it has none.
+
+    Raises
+    ------
+    CorruptEntryError
+        Not an entry of this version, incomplete, or the attributes do not match their checksum.
+    OSError
+        The file is gone or cannot be read.
+    """
+    fd, found = open_regular(path)
+    try:
+        header = parse_header(os.pread(fd, _PAGE, 0), found.st_size, path, fd)
+        nbytes = header.attributes_bytes
+        attributes = os.pread(fd, nbytes, found.st_size - nbytes) if nbytes else b""
+    finally:
+        os.close(fd)
+    if crc32c(attributes) != header.attributes_crc32c:
+        raise CorruptEntryError("the checksum of its attributes does not match")
+    return header, attributes
 
 
 def written_stamp(found: os.stat_result) -> int:
@@ -371,7 +438,8 @@ def map_entry(path: str | os.PathLike[str]) -> Entry:
         dtype, shape = header.dtype, header.shape
         if header.stored_as is not None:
             dtype, shape = stored_layout(header.stored_as, shape, header.nbytes)
-        stored = map_file(fd, found, path, found.st_size - header.nbytes, dtype, shape)
+        offset = found.st_size - header.nbytes - header.attributes_bytes
+        stored = map_file(fd, found, path, offset, dtype, shape)
         return Entry(header, stored, written_stamp(found))
     finally:
         os.close(fd)
@@ -429,8 +497,9 @@ def parse_header(
         shape = tuple(int(n) for n in fields["shape"])
         dtype = np.dtype(fields["dtype"])
         counts = [int(fields.get(name, 0)) for name in _FLAWS]
-        if min(counts) < 0:
-            raise ValueError("a negative count")
+        attributes_bytes, attributes_crc = map(int, fields.get("attributes", (0, 0)))
+        if min(counts) < 0 or not 0 <= attributes_bytes <= _MAX_ATTRIBUTES_BYTES:
+            raise ValueError("a count that is negative or too large")
         header = EntryHeader(
             ArrayKey(fields["origin"], fields["url"], fields["array"]),
             fields["source"],
@@ -440,13 +509,16 @@ def parse_header(
             int(fields["crc32c"]),
             Flaws(*counts) if any(counts) else SOUND,
             _stored_as_of(fields) if version == _ENCODED else None,
+            attributes_bytes,
+            attributes_crc,
         )
     except (ValueError, KeyError, TypeError, SyntaxError, OverflowError, RecursionError) as exc:
         raise corrupt(f"header cannot be read ({exc})") from exc
     if dtype.hasobject or min(shape, default=0) < 0 or not _is_length_of(header, dtype.itemsize):
         raise corrupt("shape, dtype and length disagree")
-    if offset + header.nbytes != file_bytes:
-        raise corrupt(f"{file_bytes} bytes long, {offset + header.nbytes} expected")
+    expected = offset + header.nbytes + attributes_bytes
+    if expected != file_bytes:
+        raise corrupt(f"{file_bytes} bytes long, {expected} expected")
     if raw[end:offset] != bytes(offset - end):  # no value is affected, but the disk is faulty
         raise corrupt("the padding after the header is not zero")
     return header
@@ -553,21 +625,28 @@ class EntryStream:
             crc = crc32c(part, crc)
             write_all(file, memoryview(part))
             left -= len(part)
-        self._compare(crc)
+        self._compare(crc, self.header.crc32c)
+        write_all(file, memoryview(self._attributes()))
 
-    def read(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """Read the values into memory. Raises CorruptEntryError like :meth:`write`."""
+    def read(self) -> Entry:
+        """Read the entry into memory. Raises CorruptEntryError like :meth:`write`."""
         header = self.header
         dtype, shape = header.dtype, header.shape
         if header.stored_as is not None:
             dtype, shape = stored_layout(header.stored_as, shape, header.nbytes)
         stored = np.empty(shape, dtype)
         self.is_spent = True
-        self._compare(crc32c(self._fill(stored.reshape(-1).view(np.uint8).data)))
-        return Entry(header, stored).array
+        crc = crc32c(self._fill(stored.reshape(-1).view(np.uint8).data))
+        self._compare(crc, header.crc32c)
+        return Entry(header, stored, attributes=self._attributes())
 
-    def _compare(self, crc: int) -> None:
-        if crc != self.header.crc32c:
+    def _attributes(self) -> bytes:
+        attributes = bytes(self._fill(bytearray(self.header.attributes_bytes)))
+        self._compare(crc32c(attributes), self.header.attributes_crc32c)
+        return attributes
+
+    def _compare(self, crc: int, expected: int) -> None:
+        if crc != expected:
             raise CorruptEntryError(f"{self._where}: its checksum does not match.")
 
     def _fill(self, buffer: Any) -> Any:

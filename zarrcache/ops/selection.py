@@ -37,7 +37,7 @@ from zarrcache.arrays import (
     several_sources,
     stem_of,
 )
-from zarrcache.cache import CONTENTS, PACK, Cache
+from zarrcache.cache import CONTENTS, Cache
 from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.data import ZarrS3Reader, distinct_directories, mapped_ids, open_reader
 from zarrcache.disk import (
@@ -292,11 +292,11 @@ class Selection:
         return None
 
     def is_directory(self, row: Row) -> bool:
-        """Whether an entry is the stored listing of one of the two directories, says which arrays
-        its stores have, or is a pack of their attributes.
+        """Whether an entry is the stored listing of one of the two directories, or says which
+        arrays its stores have.
         """
         endpoint, url = origin_and_url(row)
-        root = url.partition(PACK)[0].removesuffix(CONTENTS)
+        root = url.removesuffix(CONTENTS)
         return row.kind == LISTING and (endpoint, root) in self._roots
 
     def compare(self, rows: Sequence[Row], *, examines: bool) -> list[Compared]:

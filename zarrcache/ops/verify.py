@@ -28,6 +28,7 @@ from zarrcache.disk import (
     map_entry,
     open_regular,
     published_name,
+    read_attributes_of,
 )
 from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.ops.selection import (
@@ -304,6 +305,7 @@ def _check(row: Row, path: Path) -> _Checked:
             raise CorruptEntryError(f"it holds {key.url} {key.array}")
         if not entry.is_intact():
             raise CorruptEntryError("its checksum does not match")
+        read_attributes_of(path)
         # Counted again: versions before the header had the count stored entries too.
         if row.kind != ARRAY:
             return _Checked(Flaws(entry.header.flaws.missing_chunks))

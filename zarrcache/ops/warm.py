@@ -494,7 +494,7 @@ class _Warmer:
         flaws = [SOUND]
         try:
             outcome, nbytes = self._reader.ensure(
-                task_id, role, array, reserve=reserve, on_flaws=flaws.append, keeps_attributes=True
+                task_id, role, array, reserve=reserve, on_flaws=flaws.append
             )
         except ZarrCacheError as exc:
             logger.debug("%s (%s) failed", task_id, role, exc_info=True)

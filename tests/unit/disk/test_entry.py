@@ -272,7 +272,7 @@ def test_a_streamed_entry_is_written_byte_for_byte_or_read(tmp_path: Path) -> No
     assert stream.is_spent
     assert (tmp_path / "entry").read_bytes() == raw
     stream = EntryStream(io.BytesIO(raw), len(raw), KEY, "node")
-    assert np.array_equal(stream.read(), DENSITY)
+    assert np.array_equal(stream.read().array, DENSITY)
     assert stream.is_spent
 
 

@@ -288,7 +288,7 @@ def test_after_three_that_do_not_fit_the_rest_is_only_listed(
     tmp_path: Path,
 ) -> None:
     write_pairs(tmp_path, 8, chunks=(6, 5, 4))
-    config = DataConfig.from_yaml(write_config(tmp_path, limit=8 * 8192))
+    config = DataConfig.from_yaml(write_config(tmp_path, limit=6 * 8192))
     report = plan_warm(config, workers=1).execute()
     assert (report.warm, len(report.bypassed), report.is_good) == (2, 6, True)
     assert report.stats.misses == 4 + 3
