@@ -88,12 +88,17 @@ def measure_sizes(
 
 
 def _measured(
-    reader: ZarrS3Reader, task_id: str, role: Role, array: str, entry_bytes: Callable[[int], int]
+    reader: ZarrS3Reader,
+    task_id: str,
+    role: Role,
+    array: str,
+    entry_bytes: Callable[[int, int], int],
 ) -> DensitySize:
     origin, store = reader.origin(role), reader.store_name(task_id, role)
     what = OriginArray(origin, store, array, fills=True, uses_values=False)
     try:
         listed = list_array(OriginArray(origin, store, array))
+        own = listed
         if is_fetched_whole(store):
             shape = read_array(what, listed=listed).array.shape
         else:
@@ -105,7 +110,9 @@ def _measured(
         return DensitySize(0, 0, 0, 0)
     lists, gets = (0, 2) if is_object(store) else (-(-len(listed) // PAGE_OBJECTS), len(listed))
     stored_bytes = sum(obj.size_bytes for obj in listed)
-    return DensitySize(lists, gets, stored_bytes, entry_bytes(math.prod(shape)))
+    # At most: in the entry they are compressed.
+    attributes_bytes = stored_bytes - sum(obj.size_bytes for obj in own)
+    return DensitySize(lists, gets, stored_bytes, entry_bytes(math.prod(shape), attributes_bytes))
 
 
 def measure_compression(
@@ -150,8 +157,8 @@ def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role, str
     return Speed(float(np.median(latencies)), float(np.median(seconds)), rate, len(seconds))
 
 
-def _entry_bytes(points: int, encoding: str, compression: float) -> int:
+def _entry_bytes(points: int, attributes_bytes: int, encoding: str, compression: float) -> int:
     nbytes = expected_bytes(4 * points, encoding)
     if encoding == FLOAT32:
-        return BLOCK_BYTES + disk_bytes(nbytes)  # the header has a page of its own
-    return disk_bytes(HEADER_BYTES + int(compression * nbytes))
+        return BLOCK_BYTES + disk_bytes(nbytes + attributes_bytes)  # the header has its own page
+    return disk_bytes(HEADER_BYTES + int(compression * nbytes) + attributes_bytes)
