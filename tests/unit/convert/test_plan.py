@@ -273,7 +273,9 @@ def test_a_store_of_another_program_is_skipped_and_said_or_refused_if_it_is_empt
     assert [path.name for path in plan.unrecorded] == [f"{IDS[0]}.CHGCAR"]
     assert plan.skipped == plan.unrecorded
     (refused,) = plan.refused
-    assert "charge_density_total has no metadata) and does not name its source" in (refused.error or "")
+    assert "charge_density_total has no metadata) and does not name its source" in (
+        refused.error or ""
+    )
     assert [result.task_id for result in plan.execute().failed] == IDS[1:2]
 
 
