@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
@@ -142,7 +143,7 @@ class Converter:
                 verdict = self.verdicts({path: task_id}).get(path)
                 if verdict is None or verdict.is_done:
                     return result(skipped=True)
-                error = verdict.error or f"{target} is incomplete. Run the same command again."
+                error = verdict.refusal or f"{target} is incomplete. Run the same command again."
                 return result(error=error)
         except ConfigError as exc:
             return result(error=str(exc))
@@ -189,7 +190,7 @@ class Converter:
         """Name of the store of a material."""
         return task_id + self.suffix
 
-    def verdicts(self, files: Mapping[Path, str]) -> dict[Path, Verdict]:
+    def verdicts(self, files: Mapping[Path, str]) -> dict[Path, Existing]:
         """Decide what to do with the files, given with their task ids, whose store exists.
 
         Raises
@@ -204,7 +205,7 @@ class Converter:
             verdicts = threads.map(self._judge, there.keys(), there.values())
             return dict(zip(there, verdicts, strict=True))
 
-    def _judge(self, path: Path, name: str) -> Verdict:
+    def _judge(self, path: Path, name: str) -> Existing:
         target = f"{self.dst}/{name}"
         try:
             existing = (
@@ -217,9 +218,9 @@ class Converter:
             raise
         except OSError as exc:
             where = exc.filename or target
-            return Verdict(Existing(""), f"{where} cannot be read ({exc.strerror or exc}).")
+            return Existing("", refusal=f"{where} cannot be read ({exc.strerror or exc}).")
         hint = "Replace it with --overwrite, or choose another destination."
-        error = None
+        error = ""
         if existing.units != self.units and not existing.problem:
             error = f"{target} was converted with --units {existing.units}. {hint}"
         elif existing.source is None:
@@ -238,7 +239,7 @@ class Converter:
             error = f"{target} was converted without --diff. {hint}"
         elif existing.dtype != self.dtype and not existing.problem:
             error = f"{target} was converted with --dtype {existing.dtype}. {hint}"
-        return Verdict(existing, error)
+        return dataclasses.replace(existing, refusal=error)
 
     def _present(self, names: set[str]) -> set[str]:
         """The names of stores that exist already. Raises as :meth:`verdicts`."""
@@ -278,24 +279,6 @@ class Converter:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_destination"}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The decision for a file whose store exists: skip it, convert it again, or fail."""
-
-    existing: Existing
-    error: str | None
-
-    @property
-    def is_damaged(self) -> bool:
-        """Whether the store is incomplete, and is to be replaced."""
-        return self.error is None and bool(self.existing.problem)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the store is complete and was made from this file."""
-        return self.error is None and not self.existing.problem
 
 
 def is_s3(dst: str) -> bool:

@@ -312,9 +312,9 @@ def plan_convert(
     todo = tuple(path for path in ids if path not in verdicts or verdicts[path].is_damaged)
     refused = [ConvertResult(path, "", "", error=error) for path, error in unusable.items()]
     refused += [
-        convert.result(path, ids[path], error=verdict.error)
+        convert.result(path, ids[path], error=verdict.refusal)
         for path, verdict in verdicts.items()
-        if verdict.error
+        if verdict.refusal
     ]
     skipped = tuple(path for path, verdict in verdicts.items() if verdict.is_done)
     enough = min(cores(), -(-sum(path.stat().st_size for path in todo) // BYTES_PER_WORKER))
@@ -327,7 +327,7 @@ def plan_convert(
         ids,
         refused=tuple(refused),
         left_out=found.left_out,
-        unrecorded=tuple(path for path in skipped if verdicts[path].existing.source is None),
+        unrecorded=tuple(path for path in skipped if verdicts[path].source is None),
     )
 
 

@@ -58,6 +58,18 @@ class Existing:
     #: Of its arrays: ``cell`` or ``volume``, ``float32`` or ``float64``.
     units: str = "cell"
     dtype: str = "float32"
+    #: Why a file may not replace it, nor counts as converted.
+    refusal: str = ""
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the store is incomplete, and is to be replaced."""
+        return not self.refusal and bool(self.problem)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the store is complete and was made from this file."""
+        return not self.refusal and not self.problem
 
 
 def source_of(path: Path) -> Source:
