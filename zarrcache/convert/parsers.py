@@ -1,4 +1,4 @@
-"""The result of parsers of ``convert``, and the parser of the files of QM9."""
+"""What a parser of ``convert`` returns, and the parser of the files of QM9."""
 
 from __future__ import annotations
 
