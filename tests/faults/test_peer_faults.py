@@ -582,8 +582,10 @@ CHANGED: dict[str, Callable[[bytes], bytes]] = {
 def forged(raw: bytes) -> bytes:
     """The same entry with other values and a right CRC-32C, as an attacker would make it."""
     entry = raw[:-32]
-    payload = bytes(len(entry) - 4096)
-    return header_with(crc32c=crc32c(payload))(entry[:4096] + payload) + raw[-32:]
+    fields = json.loads(entry[20 : 20 + int.from_bytes(entry[12:16], "little")])
+    payload = bytes(fields["nbytes"])
+    attributes = entry[4096 + len(payload) :]
+    return header_with(crc32c=crc32c(payload))(entry[:4096] + payload + attributes) + raw[-32:]
 
 
 @pytest.mark.parametrize("what", CHANGED)
