@@ -326,8 +326,10 @@ def new_entry(
 def encode_header(header: EntryHeader) -> bytes:
     """The bytes of a header, padded to the start of the payload."""
     flaws = {name: n for name in _FLAWS if (n := getattr(header.flaws, name))}
+    attributes = [header.attributes_bytes, header.attributes_crc32c]
     fields = {
         "array": header.key.array,
+        **({"attributes": attributes} if header.attributes_bytes else {}),
         "crc32c": header.crc32c,
         "dtype": header.dtype,
         **flaws,
@@ -337,8 +339,6 @@ def encode_header(header: EntryHeader) -> bytes:
         "source": header.source,
         "url": header.key.url,
     }
-    if header.attributes_bytes:
-        fields["attributes"] = [header.attributes_bytes, header.attributes_crc32c]
     if header.stored_as is not None:
         fields.update(
             encoding=header.stored_as.encoding,
