@@ -39,6 +39,7 @@ __all__ = [
     "check_attributes_size",
     "check_chunk_count",
     "check_metadata",
+    "check_unpacked",
     "count_missing",
     "is_array_key",
     "is_chunk_of_nothing",
@@ -523,9 +524,31 @@ def check_metadata(document: object, url: str) -> None:
     if isinstance(chunks, list) and 0 in chunks and 0 not in document["shape"]:
         # zarr 3.4 would read the fill value instead of failing.
         raise SchemaError(f"{url} gives the chunks {safe_repr(chunks)}; each must be at least 1.")
+    check_unpacked(document.get("attributes"), url)  # of v3; those of v2 are an object of their own
     _check_dtype(document, url)
     _check_sizes(document, url)
     _check_codecs(document, url)
+
+
+def check_unpacked(attributes: object, url: str) -> None:
+    """Refuse an array whose numbers are not its values, by the attributes of CF, as of xarray.
+
+    Raises
+    ------
+    SchemaError
+    """
+    if not isinstance(attributes, dict):
+        return
+    packed = [
+        name
+        for name, neutral in (("scale_factor", 1), ("add_offset", 0))
+        if attributes.get(name, neutral) != neutral
+    ]
+    if packed:
+        raise SchemaError(
+            f"{url} has the attribute {' and '.join(packed)} (packed values, as xarray writes them "
+            "with an encoding). They are not unpacked here: write the store again without."
+        )
 
 
 def _check_dtype(document: Mapping[str, Any], url: str) -> None:

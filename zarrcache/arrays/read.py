@@ -29,6 +29,7 @@ from zarrcache.arrays.decode import (
     attributes_key,
     check_chunk_count,
     check_metadata,
+    check_unpacked,
     count_missing,
     metadata_key,
     parse_document,
@@ -393,6 +394,7 @@ def density_of_group(
         documents[".zarray" if ".zarray" in documents else "zarr.json"].to_bytes()
     )
     check_metadata(document, f"{where}/{name}")
+    check_unpacked(array.attrs.asdict(), f"{where}/{name}")
     check_chunk_count(document, f"{where}/{name}")
     try:
         missing, chunks = _missing_in(array, document)

@@ -17,6 +17,7 @@ from zarrcache.arrays import count_nonfinite, disagreement, electrons_of, has_el
 from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.disk import (
     ARRAY,
+    CACHE_FAULTS,
     OBJECT,
     SOUND,
     Flaws,
@@ -30,7 +31,7 @@ from zarrcache.disk import (
     published_name,
     read_attributes_of,
 )
-from zarrcache.errors import ConfigError, CorruptEntryError
+from zarrcache.errors import ConfigError, CorruptEntryError, ZarrCacheError
 from zarrcache.ops.selection import (
     Compared,
     Selection,
@@ -139,6 +140,8 @@ def verify(
         cannot be used.
     OriginError
         With ``against_origin``: the origin cannot be listed.
+    ZarrCacheError
+        The disk failed: nothing was checked.
     """
     if against_origin and not isinstance(config, DataConfig):
         raise ConfigError("against_origin needs a training config, which names the origin.")
@@ -150,8 +153,14 @@ def verify(
         selection, index = select(always)
     if not open_if_present(index):
         return VerifyReport(index.dir.parent, 0, 0)
-    index.sweep()
-    rows = list(index.rows())
+    try:
+        index.sweep()
+        rows = list(index.rows())
+    except CACHE_FAULTS as exc:
+        raise ZarrCacheError(
+            f"{index.dir.parent}: the index cannot be read ({exc}). Check the disk, then run the "
+            "command again."
+        ) from exc
     total_bytes = sum(row.size_bytes for row in rows)
     found = _Findings(index, fills=always.missing_chunks == "fill")
     good: dict[str, tuple[Row, _Checked]] = {}

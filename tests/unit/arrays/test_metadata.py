@@ -52,6 +52,7 @@ def v3(shape: list[int], chunks: list[int], **changes: Any) -> dict[str, Any]:
         {"shape": [4], "dtype": "<f4"},
         v3([4, 4, 4], [2, 2, 2]),
         v3([4, 4, 4], [2, 2, 2], data_type="bool"),
+        v3([4], [4], attributes={"scale_factor": 1.0, "add_offset": 0, "units": "electrons"}),
     ],
 )
 def test_an_array_of_real_numbers_is_accepted(document: Any) -> None:
@@ -79,6 +80,11 @@ def test_an_array_of_real_numbers_is_accepted(document: Any) -> None:
         (v2(dtype="|S4"), r"\(strings\)"),
         (v2(dtype=[["a", "<f4"]]), r"\(structured\)|of type"),
         (v2(dtype="<M8[s]"), r"\(M\)"),
+        (v3([4], [4], attributes={"scale_factor": 0.01}), "attribute scale_factor .packed values"),
+        (
+            v3([4], [4], attributes={"scale_factor": 2, "add_offset": 5}),
+            "attribute scale_factor and add_offset",
+        ),
         (v2(filters=[{"id": "pickle"}]), "uses the codec pickle, which makes objects"),
         (v2(compressor={"id": "vlen-utf8"}), "uses the codec vlen-utf8"),
         (v3([4], [4], codecs=[{"name": "numcodecs.json2"}]), "uses the codec json2"),

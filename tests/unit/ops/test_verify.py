@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
-from zarrcache import ConfigError, DataConfig, plan_warm, verify
+from zarrcache import ConfigError, DataConfig, ZarrCacheError, plan_warm, verify
 from zarrcache.config import CacheConfig
 from zarrcache.data.reader import open_reader
+from zarrcache.disk.index import Index
 from zarrcache.ops.selection import cache_at
 
 
@@ -123,6 +125,19 @@ def test_an_entry_of_a_store_that_is_gone_at_the_origin_is_named_and_kept(
         ]
         assert (report.is_good, report.stale, report.corrupt) == (False, (), ())
         assert verify(config).entries == before
+
+
+def test_a_failing_disk_is_an_error_in_words(
+    warm: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(index: Index) -> int:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "sweep", fail)
+        with pytest.raises(ZarrCacheError, match=r"index cannot be read .*disk I/O error"):
+            verify(warm)
+    assert verify(warm).is_good
 
 
 def test_against_origin_needs_a_config(tmp_path: Path) -> None:
