@@ -231,7 +231,7 @@ def test_an_id_without_a_source_names_what_it_could_be(files: Files, tmp_path: P
     reader = files.reader(tmp_path, files.root)
     with pytest.raises(
         OriginNotFoundError,
-        match=r"mp-404\.zarr does not exist, nor .*\(\.zarr\.zip, \.json\.gz, \.CHG",
+        match=r"mp-404\.zarr does not exist, and there is no other source \(\.zarr\.zip, \.json",
     ):
         reader.load("mp-404", "data")
 
