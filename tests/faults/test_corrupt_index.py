@@ -171,7 +171,7 @@ def test_deleted_index_is_rebuilt_with_one_line_and_nothing_is_fetched(
     assert (reader.stats.hits, reader.stats.misses, reader.stats.requests) == (4, 0, 0)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.endswith(
-        "cache.db was lost and rebuilt from the entries: 7 entries kept, 2 files removed"
+        "cache.db was lost and rebuilt from the entries: 7 entries kept, 3 files removed"
     )
     node.check_settled()
 
@@ -186,6 +186,6 @@ def test_an_entry_under_the_name_of_another_is_removed_when_the_index_is_rebuilt
     (node.root / "cache.db").unlink()
     reader = node.reader()
     node.read(reader)
-    assert "6 entries kept, 3 files removed" in caplog.text
+    assert "6 entries kept, 4 files removed" in caplog.text
     assert (reader.stats.hits, reader.stats.misses, reader.stats.cache_errors) == (3, 1, 0)
     node.check_settled()

@@ -151,7 +151,7 @@ def test_a_job_warms_every_node_trains_and_leaves_no_files(job: Job) -> None:
         for number in range(2)
     ]
     assert job.notes() == expected
-    assert out.count("Evicted 14 entries") == 2
+    assert out.count("Evicted 12 entries") == 2
     assert job.left() == []
 
 
@@ -177,7 +177,7 @@ def test_signals_reach_the_training_and_the_caches_are_removed(job: Job) -> None
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 143, err
     assert len(list(job.out.glob("saved-SIGTERM-*"))) == 2
-    assert out.count("Evicted 14 entries") == 2
+    assert out.count("Evicted 12 entries") == 2
     assert job.left() == []
 
 

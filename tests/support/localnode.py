@@ -50,6 +50,8 @@ class LocalNode:
             assert np.array_equal(reader.load(task_id, role)[0], values.ravel()), (task_id, role)  # type: ignore[arg-type]
         group = reader.read_zarr_store(self.directory / "data" / "mp-1.zarr")
         assert reader.get_metadata(group)["seed"] == 1
+        found = group["charge_density_total"][0, 0, 0]  # by zarr, through the byte tier
+        assert found == self.values["mp-1", "data"].flat[0]
 
     def check_settled(self) -> None:
         """The files on disk are those of the index, with the same sizes."""
