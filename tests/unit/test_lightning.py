@@ -67,6 +67,23 @@ def torn_down() -> Iterator[None]:
         made.pop().teardown()
 
 
+def test_a_subclass_may_override_the_hook_teardown(config: str) -> None:
+    """With Lightning's own signature; it is called at the end only."""
+    from zarrcache.lightning import ZarrDataModule
+
+    class Own(ZarrDataModule):
+        ended = 0
+
+        def teardown(self, stage: str) -> None:  # type: ignore[override]
+            self.ended += 1
+            super().teardown(stage)
+
+    data = Own(config, train_workers=0, val_workers=0, augmentation=False)
+    assert len(data.train_dataloader()) == 4
+    assert data.ended == 0
+    data.teardown("fit")
+
+
 def sides(data: ZarrDataModule, name: str = "0") -> list[tuple[str, ...]]:
     """Training, validation and test ids."""
     split = data.splits[name]

@@ -177,7 +177,7 @@ def check_attributes_size(nbytes: int, key: str, store_url: str) -> None:
     if nbytes > MAX_DOCUMENT_BYTES:
         raise SchemaError(
             f"{store_url}/{key} has {nbytes} bytes; attributes, which state the units of the "
-            f"density, may have {MAX_DOCUMENT_BYTES} bytes. {_REPAIR}"
+            f"density, may have at most {MAX_DOCUMENT_BYTES}. {_REPAIR}"
         )
 
 
@@ -547,7 +547,8 @@ def check_unpacked(attributes: object, url: str) -> None:
     if packed:
         raise SchemaError(
             f"{url} has the attribute {' and '.join(packed)} (packed values, as xarray writes them "
-            "with an encoding). They are not unpacked here: write the store again without."
+            "with an encoding). They are not unpacked here: write the store again without "
+            "these."
         )
 
 
@@ -628,7 +629,8 @@ def _misreads(codecs: Any, has_filter: bool = False) -> bool:
             return _misreads(settings.get("codecs"), has_filter)
         if name in ("bytes", "endian"):
             endian = settings.get("endian")
-            return has_filter and endian in {"little", "big"} - {sys.byteorder} and _is_old_zarr()
+            other = "big" if sys.byteorder == "little" else "little"
+            return has_filter and endian == other and _is_old_zarr()
         if name != "transpose":
             has_filter = True
             if any(map(_is_swapped, settings.values())):

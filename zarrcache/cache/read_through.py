@@ -38,7 +38,7 @@ from zarrcache.arrays import (
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.tiers import ArrayCache
-from zarrcache.disk import SOUND, Entry, Flaws, LazyGrid, new_entry
+from zarrcache.disk import MAX_ATTRIBUTES_BYTES, SOUND, Entry, Flaws, LazyGrid, new_entry
 from zarrcache.errors import IncompleteArrayError, SchemaError
 from zarrcache.origin import Origin
 from zarrcache.stats import LogOnce, SharedSet
@@ -57,6 +57,8 @@ OnFlaws = Callable[[Flaws], object]
 
 #: Stores whose version is remembered, per channel and process.
 _SOURCES = 10_000
+#: Largest attributes that are remembered of a density that no entry has: those of 100 atoms.
+_REMEMBERED_BYTES = 8 * 1024
 #: A slow disk, in seconds per byte, while an entry is stored: 64 MiB/s.
 _STORE_S_PER_BYTE = 1 / (64 * 2**20)
 
@@ -246,8 +248,11 @@ class ReadThrough:
         return LazyGrid(grid.stored, grid.stored_as, self._served), "hit"
 
     def _remember(self, store: str, source: str, attributes: bytes | None) -> None:
+        if attributes is not None and len(attributes) > _REMEMBERED_BYTES:
+            attributes = None  # read from the origin, and compared with the source
+        self._last.pop(store, None)
         if len(self._last) >= _SOURCES:
-            self._last.clear()
+            self._last.pop(next(iter(self._last)), None)  # the oldest
         self._last[store] = source, attributes
 
     def _is_trusted(self, key: ArrayKey) -> bool:
@@ -374,9 +379,11 @@ class ReadThrough:
         attributes = entry.attributes
         if attributes is None:
             attributes = self._cache.stored_attributes(exact, header.source)
+            if attributes is None:  # damaged, or the entry was replaced just now
+                return None
         encoded, is_stored = self._stored(
             arrays,
-            new_entry(key, values, header.source, header.flaws, attributes or b""),
+            new_entry(key, values, header.source, header.flaws, attributes),
             exact if own is not None else None,
         )
         outcome: Outcome = "hit" if own is not None else "miss" if is_stored else "bypass"
@@ -496,7 +503,8 @@ def _packed(attributes: Mapping[str, Any], zarr_format: int) -> bytes:
     if not attributes:
         return b""
     text = json.dumps([attributes, zarr_format], separators=(",", ":"))
-    return zlib.compress(text.encode("utf-8", "surrogatepass"), 1)
+    raw = zlib.compress(text.encode("utf-8", "surrogatepass"), 1)
+    return raw if len(raw) <= MAX_ATTRIBUTES_BYTES else b""
 
 
 def _unpacked(raw: bytes) -> StoreAttributes | None:

@@ -7,6 +7,7 @@ becomes a miss when reading and a pass-through when writing. It never stops a tr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -293,7 +294,9 @@ class ArrayCache(Tier):
                 if not self.is_intact(entry):
                     raise CorruptEntryError("its checksum does not match")
                 if header.attributes_bytes:
-                    read_attributes_of(path)  # which checks them
+                    # This checks them. An entry that was evicted just now is read nevertheless.
+                    with contextlib.suppress(FileNotFoundError):
+                        read_attributes_of(path)
                 self._verified.add(file_id)
             if header.stored_as is not None:
                 _ = entry.grid if lazily else entry.array  # decoded here: a failure is a miss
@@ -311,22 +314,20 @@ class ArrayCache(Tier):
         if lent is None or self.loans is not None:
             return None
         path = f"{self._root}/{lent.filename}"
-        entry = map_entry(path)
-        is_right = (
-            entry.header.key == key
-            and source in (None, entry.header.source)
-            and (self._config.verify == "never" or self.is_intact(entry))
-        )
-        # A copy, because a map would keep the file's disk space, which the next loan needs, and the
-        # training process might map the file only after it was removed.
-        taken = None
-        if is_right:
+        entry = map_entry(path)  # fails while it is announced and not written yet
+        try:
+            if entry.header.key != key or source not in (None, entry.header.source):
+                return None
+            if self._config.verify != "never" and not self.is_intact(entry):
+                return None
             _, attributes = read_attributes_of(path)
+            # A copy, because a map would keep the file's disk space, which the next loan needs, and
+            # the training process might map the file only after it was removed.
             taken = Entry(entry.header, entry.stored.copy(), attributes=attributes)
-        if taken is not None:
             _ = taken.array  # as in `get`
-        self.index.give_back(key.digest, lent.filename)
-        return taken
+            return taken
+        finally:
+            self.index.give_back(key.digest, lent.filename)
 
     def put(
         self, key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], *, source: str

@@ -45,7 +45,7 @@ def warm(
         typer.Option(
             "--revalidate",
             help="list the directories again and compare cached densities with the origin, by one "
-            "LIST each [default: only if cache.revalidate is not never]",
+            "LIST each [default: if cache.revalidate is run or epoch]",
         ),
     ] = False,
     workers: Annotated[

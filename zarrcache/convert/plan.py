@@ -56,8 +56,7 @@ class ConvertPlan:
 
     A file is skipped only if its store is complete and was made from the same content. An
     incomplete store is converted again. A store of another file is not replaced without
-    ``overwrite``; it
-    is in ``refused``.
+    ``overwrite``; it is in ``refused``.
 
     Attributes
     ----------

@@ -367,8 +367,8 @@ class Absences:
 class CachedGrids:
     """The grids of the densities of ``reader`` that are cached.
 
-    At most 1,000 materials at a time are compared, those with entries of different sizes first:
-    equal arrays may take different sizes on a disk that compresses.
+    At most 1,000 materials at a time are compared, those first whose entries differ most in size:
+    equal arrays may differ by some blocks, with other attributes or on a disk that compresses.
     """
 
     def __init__(self, reader: ZarrS3Reader) -> None:
@@ -412,7 +412,7 @@ class CachedGrids:
         sizes = self._sizes()
         data, label = (sizes.get(channel, {}) for channel in self._first)
         ids = [id_ for id_ in task_ids if id_ in data and id_ in label]
-        unequal = [id_ for id_ in ids if data[id_] != label[id_]]
+        unequal = _differing(ids, sizes, self._first)
         smallest = heapq.nsmallest(_COMPARED, ids, key=data.__getitem__)
         chosen = dict.fromkeys([*unequal[: _COMPARED // 2], *smallest])
         for id_ in itertools.islice(chosen, _COMPARED):
@@ -459,12 +459,15 @@ def _differing(
     task_ids: Iterable[str],
     sizes: Mapping[Channel, Mapping[str, int]],
     channels: Sequence[Channel],
-) -> Iterator[str]:
-    """Ids of which the entries of some channels have different sizes."""
+) -> list[str]:
+    """Ids whose entries of some channels differ in size, the largest difference first."""
     of_channels = [sizes.get(channel, {}) for channel in channels]
+    differences = {}
     for id_ in task_ids:
-        if len({of.get(id_) for of in of_channels} - {None}) > 1:
-            yield id_
+        found = [of[id_] for of in of_channels if id_ in of]
+        if len(set(found)) > 1:
+            differences[id_] = max(found) - min(found)
+    return sorted(differences, key=differences.__getitem__, reverse=True)
 
 
 def common_grid(url: str, arrays: Sequence[str], shapes: Sequence[Shape]) -> tuple[int, int, int]:

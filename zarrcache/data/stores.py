@@ -133,8 +133,8 @@ class StoreReader(PairReader):
     def metadata(self, task_id: str, role: Role = "data") -> dict[str, Any]:
         """Attribute ``metadata`` of a material, merged with ``structure``, as ``get_metadata``.
 
-        If the density is cached, and its attributes were read before or stored by ``zarrcache
-        warm``, this sends no request; otherwise one or two LISTs and a GET.
+        If the density is cached with its attributes, this sends no request; otherwise one or two
+        LISTs and a GET.
 
         Raises
         ------

@@ -60,6 +60,7 @@ __all__ = [
     "ARRAY",
     "HEADER_BYTES",
     "LISTING",
+    "MAX_ATTRIBUTES_BYTES",
     "OBJECT",
     "SOUND",
     "Entry",
@@ -95,7 +96,7 @@ _ALIGNMENT = {_PLAIN: _PAGE, _ENCODED: 64}
 #: Longest header that is accepted; this package writes much shorter ones.
 _MAX_JSON_BYTES = 64 * 1024
 #: Longest attributes that are accepted, compressed; a store's own may have 4 MiB.
-_MAX_ATTRIBUTES_BYTES = 5 * 2**20
+MAX_ATTRIBUTES_BYTES = 5 * 2**20
 _STEP_BYTES = 2**20  # of a stream, held in memory at once
 #: Fields of a header that are written only if they are not 0: entries without flaws keep the bytes
 #: of the first version.
@@ -498,7 +499,7 @@ def parse_header(
         dtype = np.dtype(fields["dtype"])
         counts = [int(fields.get(name, 0)) for name in _FLAWS]
         attributes_bytes, attributes_crc = map(int, fields.get("attributes", (0, 0)))
-        if min(counts) < 0 or not 0 <= attributes_bytes <= _MAX_ATTRIBUTES_BYTES:
+        if min(counts) < 0 or not 0 <= attributes_bytes <= MAX_ATTRIBUTES_BYTES:
             raise ValueError("a count that is negative or too large")
         header = EntryHeader(
             ArrayKey(fields["origin"], fields["url"], fields["array"]),

@@ -25,7 +25,7 @@ import shutil
 import sqlite3
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,6 +67,7 @@ _INTENTS = ("+", ",")
 _LOANS = ("-", ".")
 _ANNOUNCED = ("+", ".")  # both
 _PAGE = 10_000  # rows per query
+_UNLINKED = 50  # files of the byte tier unlinked per transaction
 _BATCH = 500  # rows dropped per transaction: other processes wait for about 10 ms
 _ATTEMPTS = 8  # to reserve the room that was made, which other processes may take
 
@@ -577,6 +578,13 @@ class Index:
         for intent in intents:
             if not _is_reused(intent.filename):
                 unlink(intent)
+        for start in range(0, len(intents), _UNLINKED):
+            self._forget(intents[start : start + _UNLINKED], kept, unlink)
+
+    def _forget(
+        self, intents: Sequence[Intent], kept: set[str], unlink: Callable[[Intent], None]
+    ) -> None:
+        """Forget intents in one transaction, in which files of names that are used again go."""
         with self._file.transaction() as table:
             for intent in intents:
                 if _is_reused(intent.filename):

@@ -224,7 +224,7 @@ class ZarrDataModule(DataModule):
         self._loader = loader
         if self.trainer is not None:
             self._join(loader, sampler)
-        self.teardown()
+        self._stop_looking_ahead()
         # A combined dataset has one order over several caches.
         if isinstance(dataset, ZarrDataset):
             # Before the loader starts its workers.
@@ -233,6 +233,10 @@ class ZarrDataModule(DataModule):
 
     def teardown(self, stage: str | None = None) -> None:
         """End the look-ahead process."""
+        self._stop_looking_ahead()
+
+    def _stop_looking_ahead(self) -> None:
+        # Not `teardown`, which a subclass may override with work of its own.
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, get_worker_info
 from zarrcache import _pages
 from zarrcache._keys import ROLES, Role, safe_repr
 from zarrcache._units import one_of
-from zarrcache.data import Split, first_ids
+from zarrcache.data import PairReader, Split, ZarrS3Reader, first_ids
 from zarrcache.disk import LazyGrid, LazyStack
 from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.stats import LogOnce, html_table
@@ -356,15 +356,15 @@ class ZarrDataset(PairDataset, Dataset[Sample]):
         self._structure_of = structure_of
         if isinstance(split, str):
             split = _ids_of(reader, split)
-        elif decide := getattr(reader, "decide", None):
-            split = decide(split).ids
+        elif isinstance(reader, PairReader):
+            split = reader.decide(split).ids
         self.task_ids: tuple[str, ...] = tuple(split)
         if self._selection is not None:
             self._check_cached(self._selection)
 
     def _check_cached(self, selection: Selection) -> None:
         """Raise if a selection does not fit some of the cached grids. The error lists these."""
-        grids = getattr(self.reader, "grids", None)
+        grids = self.reader.grids if isinstance(self.reader, ZarrS3Reader) else None
         reasons = {
             task_id: reason
             for task_id, *sides in (grids.pairs(self.task_ids) if grids else ())

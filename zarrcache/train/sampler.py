@@ -162,12 +162,18 @@ class NodeSampler(Sampler[int]):
         """
         try:
             epoch = whole_number("epoch", state["epoch"])
+            segments = state["history"]
+            if not isinstance(segments, (list, tuple)):
+                raise TypeError("history is not a list")
             history = tuple(
                 Segment(
-                    World(0, tuple(one["node_of_rank"])).node_of_rank,
-                    whole_number("taken", one["taken"]),
+                    World(
+                        0,
+                        tuple(whole_number("node_of_rank", one) for one in segment["node_of_rank"]),
+                    ).node_of_rank,
+                    whole_number("taken", segment["taken"]),
                 )
-                for one in state["history"]
+                for segment in segments
             )
             _ = state["samples"]
         except (KeyError, TypeError, ConfigError) as exc:

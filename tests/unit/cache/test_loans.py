@@ -21,6 +21,7 @@ from tests.support.cachedirs import (
 from zarrcache.cache.loans import Loans
 from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk._database import damage_of
+from zarrcache.disk.entry import new_entry
 from zarrcache.stats import Counters
 
 ONE = array_on_disk(10_000)
@@ -95,6 +96,20 @@ def test_a_stale_or_damaged_loan_is_a_miss_and_goes(tmp_path: Path) -> None:
     path.unlink()
     path.write_bytes(damaged)
     assert training.get(key_of(21), source="s") is None
+    assert not training.index.loans()
+    assert not path.exists()
+
+
+def test_a_loan_with_damaged_attributes_is_a_miss_and_goes(tmp_path: Path) -> None:
+    training, prefetcher = caches(tmp_path, 10, 3)
+    key = key_of(20)
+    made = new_entry(key, array_of(20, 10_000), "s", attributes=b"packed")
+    assert prefetcher.store(made) is None
+    path = training.index.dir.root / training.index.lookup("-" + key.digest).filename  # type: ignore[union-attr]
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert training.get(key) is None
     assert not training.index.loans()
     assert not path.exists()
 

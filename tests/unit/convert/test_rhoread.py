@@ -121,6 +121,27 @@ def test_it_serves_the_lazy_dataset_and_spawned_workers(pairs: Path) -> None:
     assert np.array_equal(sample["label"].numpy(), values.reshape(1, *gridsize))
 
 
+def test_a_reader_of_the_users_own_may_have_other_attributes(pairs: Path) -> None:
+    """Of names that ours have for something else."""
+    from zarrcache.train import RandomCrop, ZarrDataset
+
+    class Own:
+        def __init__(self) -> None:
+            self.inner = _reader(pairs)
+            self.grids, self.decide = {"mp-1": (4, 4, 4)}, "nothing"
+
+        def split_task_ids(self) -> tuple[list[str], list[str]]:
+            return self.inner.split_task_ids()
+
+        def load(self, task_id: str, role: Any) -> Any:
+            return self.inner.load(task_id, role)
+
+    own = Own()
+    ids = own.split_task_ids()[0]
+    dataset = ZarrDataset(own, ids, transform=RandomCrop(2))
+    assert dataset[0]["data"].shape == (1, 2, 2, 2)
+
+
 def test_real_pairs_of_text_and_json_are_found_by_their_id(real_data: Path, tmp_path: Path) -> None:
     """Input as CHGCAR.gz, label as json.gz: the Materials Project's own forms."""
     from monty.serialization import loadfn
