@@ -252,7 +252,8 @@ class ReadThrough:
             attributes = None  # read from the origin, and compared with the source
         self._last.pop(store, None)
         if len(self._last) >= _SOURCES:
-            self._last.pop(next(iter(self._last)), None)  # the oldest
+            with contextlib.suppress(RuntimeError):  # another thread adds one at this moment
+                self._last.pop(next(iter(self._last)), None)  # the oldest
         self._last[store] = source, attributes
 
     def _is_trusted(self, key: ArrayKey) -> bool:
