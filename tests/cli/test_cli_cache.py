@@ -110,6 +110,13 @@ def test_evict_without_a_selection_is_exit_2(config: Path, tmp_path: Path) -> No
         assert words in done.err
 
 
+def test_status_with_a_limit_without_its_unit_says_so(config: Path) -> None:
+    """``limit: 200`` is 200 bytes."""
+    config.write_text(config.read_text().replace("1073741824", "200").replace("1 GiB", "200"))
+    assert "of 200 B (" in (out := zarrcache("status", config).out)
+    assert "write cache.limit with its unit, for example 200 GiB" in out
+
+
 def test_status_prints_entries_bytes_and_warm_ids(config: Path, tmp_path: Path) -> None:
     """For a config with nothing warm it names the command to run."""
     done = zarrcache("status", config)

@@ -320,10 +320,14 @@ def entries_by_kind(entries: Iterable[Row]) -> str:
 
 def status_lines(state: Status) -> list[str]:
     """Lines for ``status``."""
+    from zarrcache.config import SMALL_LIMIT_BYTES
+
     limit = reserve = ""
     if state.limit_bytes is not None:
         percent = 100 * state.volume_bytes / state.limit_bytes
         limit = f" of {format_bytes(state.limit_bytes)} ({percent:.1f} %)"
+        if state.limit_bytes < SMALL_LIMIT_BYTES:
+            limit += "; write cache.limit with its unit, for example 200 GiB"
     if state.min_free_bytes is not None:
         reserve = f"; min_free {format_bytes(state.min_free_bytes)}"
     free = f"{format_bytes(state.free_bytes)} free of {format_bytes(state.disk_bytes)}"

@@ -55,6 +55,7 @@ from zarrcache.config.files import (
 from zarrcache.errors import ConfigError
 
 __all__ = [
+    "SMALL_LIMIT_BYTES",
     "ArrayTierConfig",
     "ByteTierConfig",
     "CacheConfig",
@@ -77,6 +78,8 @@ _LOADERS = ("zarr_s3_data", "mp_zarr_s3_data", "chgcar_data")
 
 
 _NUMBER_OR_TEXT = WithJsonSchema({"type": ["number", "string"]})
+#: A smaller ``cache.limit`` is probably a number without its unit.
+SMALL_LIMIT_BYTES = 2**20
 _MOST_IN_FLIGHT = 1024
 _AUTO_OR_COUNT = WithJsonSchema(
     {"anyOf": [{"type": "integer", "minimum": 1, "maximum": _MOST_IN_FLIGHT}, {"const": "auto"}]}

@@ -29,7 +29,13 @@ from zarrcache.arrays import (
     read_array,
     sources_of,
 )
-from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
+from zarrcache.config import (
+    SMALL_LIMIT_BYTES,
+    CacheConfig,
+    DataConfig,
+    FetchConfig,
+    RetryConfig,
+)
 from zarrcache.data import mapped_ids
 from zarrcache.disk import (
     CACHE_FAULTS,
@@ -74,8 +80,6 @@ _IN_MEMORY = ("tmpfs", "ramfs")
 #: S3 refuses requests that are 15 minutes off.
 _SKEW_S = 60.0
 _IDS_TRIED = 5
-#: Bytes. A smaller ``cache.limit`` is probably a number without its unit.
-_LEAST_LIMIT = 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +276,7 @@ def _space(cache: CacheConfig, index: Index) -> Finding:
         f"{format_bytes(usage.free)} free, {format_bytes(volume)} used of the limit of "
         f"{format_bytes(cache.limit)}"
     )
-    if cache.limit < _LEAST_LIMIT:
+    if cache.limit < SMALL_LIMIT_BYTES:
         advice = (
             "It does not hold a density of 64^3 points (1 MiB). Write cache.limit with its unit, "
             "for example 200 GiB."
