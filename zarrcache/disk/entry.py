@@ -34,7 +34,7 @@ import json
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from typing import Any
 
@@ -307,17 +307,11 @@ def new_entry(
         encoded = encode(array, key.encoding)
         if encoded is not None:
             stored_as, payload = encoded
-            header = EntryHeader(
-                key,
-                source,
-                array.dtype.str,
-                array.shape,
-                payload.nbytes,
-                _checksum(payload),
-                flaws,
-                stored_as,
-                len(attributes),
-                crc32c(attributes),
+            header = replace(
+                header_of(key, payload, source, flaws, attributes),
+                dtype=array.dtype.str,
+                shape=array.shape,
+                stored_as=stored_as,
             )
             return Entry(header, payload, attributes=attributes)
     header = header_of(key, array, source, flaws, attributes)
